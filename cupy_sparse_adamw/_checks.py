@@ -1,0 +1,147 @@
+"""Checks of what users pass in: the only wording of argument errors.
+
+TypeError for a type or dtype, ValueError for a shape, a range or a device. Every text names the
+argument, what was got, and the way out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ._types import MOMENT_DTYPE, Hyperparams
+
+
+def require_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    below_high: bool = False,
+) -> float:
+    """``value`` as a finite float in [low, high], or [low, high) if ``below_high``."""
+    try:
+        if isinstance(value, str):  # YAML reads 1e-3 as one
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if (
+        not math.isfinite(number)
+        or number < low
+        or number > high
+        or (below_high and number == high)
+    ):
+        limits = "a finite number"
+        if math.isfinite(high):
+            limits += f" in [{low:g}, {high:g}{')' if below_high else ']'}"
+        elif math.isfinite(low):
+            limits += f" of at least {low:g}"
+        raise ValueError(f"{name} must be {limits}, got {number!r}")
+    return number
+
+
+def require_int(name: str, value: Any, low: int) -> int:
+    """``value`` as an int of at least ``low``. NumPy's integers are ints too."""
+    try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dim()):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}") from None
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    return number
+
+
+def require_betas(betas: Any) -> tuple[Any, Any]:
+    """A pair."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair (beta1, beta2), got {betas!r}")
+    return betas[0], betas[1]
+
+
+def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
+    """The settings of a param group, each finite and in its range."""
+    betas = require_betas(group["betas"])
+    return Hyperparams(
+        require_number("lr", group["lr"], 0.0),
+        require_number("beta1", betas[0], 0.0, 1.0, below_high=True),
+        require_number("beta2", betas[1], 0.0, 1.0, below_high=True),
+        require_number("eps", group["eps"], 0.0),
+        require_number("weight_decay", group["weight_decay"], 0.0),
+    )
+
+
+def require_table_dtype(name: str, dtype: Any) -> torch.dtype:
+    """A dtype that a table can have."""
+    if dtype not in MOMENT_DTYPE:
+        raise TypeError(f"{name}: tables are float32, float64, float16 or bfloat16, got {dtype}")
+    return dtype  # type: ignore[no-any-return]
+
+
+def require_shape(embedding_shape: Any) -> tuple[int, ...]:
+    """The shape of one row: an int or a non-empty sequence of positive ints."""
+    if isinstance(embedding_shape, int):
+        embedding_shape = (embedding_shape,)
+    if not isinstance(embedding_shape, Sequence) or not embedding_shape:
+        raise TypeError(
+            f"embedding_shape must be an int or a sequence of ints such as [64], "
+            f"got {embedding_shape!r}"
+        )
+    return tuple(require_int("embedding_shape", size, 1) for size in embedding_shape)
+
+
+def row_error(name: str, row: int, num_rows: int) -> IndexError:
+    """What to raise for a gradient of a row that the table does not have."""
+    return IndexError(
+        f"table {name!r}: a gradient names row {row}, but the table has {num_rows} rows"
+    )
+
+
+def require_ids(ids: Any, name: str = "ids") -> torch.Tensor:
+    """An int64 or int32 tensor of ids of any shape."""
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(
+            f"{name} must be an int64 tensor, got {type(ids).__name__}; use torch.tensor(...)"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}; use {name}.long()")
+    return ids
+
+
+def require_rows_of(
+    name: str, what: str, values: Any, count: int, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """``values`` [count, *shape] (or flat, [count, D]) on ``device``, as [count, D]."""
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"table {name!r}: {what} must be a tensor, got {type(values).__name__}")
+    dim = math.prod(shape)
+    if values.shape not in ((count, *shape), (count, dim)):
+        raise ValueError(
+            f"table {name!r}: {what} must have shape {[count, *shape]}, one row each, "
+            f"got {list(values.shape)}"
+        )
+    if values.device != device:
+        raise ValueError(
+            f"table {name!r}: {what} must be on {device}, got {values.device}; "
+            f"use .to({str(device)!r})"
+        )
+    return values.flatten(1) if values.dim() > 2 else values
+
+
+def require_dtype(
+    name: str, what: str, values: torch.Tensor, allowed: Sequence[torch.dtype]
+) -> torch.Tensor:
+    """``values`` of one of the allowed dtypes."""
+    if values.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(
+            f"table {name!r}: {what} must be {names}, got {values.dtype}; use .to({allowed[0]})"
+        )
+    return values

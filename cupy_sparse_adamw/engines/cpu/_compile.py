@@ -1,0 +1,238 @@
+"""How kernels of this engine are compiled: Numba, no Python lock held, cached on disk.
+
+Kernels get tables as addresses, since a table is many blocks, and the element type as a *tag*, a
+NumPy scalar whose type picks the specialization: ``float32``, ``float64``, ``uint16`` for fp16
+bits and ``int16`` for bf16 bits (Numba's CPU target has no 16-bit float arithmetic).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+#: Tag of an array of row numbers, ids or addresses.
+INT64 = np.int64(0)
+#: Tag of raw memory.
+BYTE = np.uint8(0)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Element type -> tag.
+TAGS = {
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+    torch.float16: np.uint16(0),
+    torch.bfloat16: np.int16(0),
+}
+
+
+def _source_digest() -> str:
+    """Names this engine's source text, Numba and NumPy: a stale kernel can never be loaded.
+
+    Numba's own key is the modification time of the one file a kernel stands in, which misses
+    edits to the helpers that it calls.
+    """
+    digest = hashlib.sha256(f"{numba.__version__} {np.__version__}".encode())
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> str:
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    if base is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base = os.path.join(cache_home, "cupy_sparse_adamw")
+    return os.path.join(base, "numba-" + _source_digest())
+
+
+_CACHE_DIR = _cache_dir()
+
+
+@contextlib.contextmanager
+def _our_cache_dir() -> Iterator[None]:
+    """Numba reads its cache directory when a function is decorated; put the user's back after."""
+    users = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _CACHE_DIR
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = users
+
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_warned = False
+
+
+def jit(function: F) -> F:
+    """Compile at first use, and keep the result on disk where a cache directory can be written."""
+    global _warned
+    try:
+        with _our_cache_dir():
+            return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    except RuntimeError as error:  # Numba: "cannot cache function: no locator available"
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"compiled kernels cannot be kept on disk, so every process compiles them anew; "
+                f"set NUMBA_CACHE_DIR to a directory you can write ({error})",
+                stacklevel=2,
+            )
+        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+@intrinsic
+def _as_pointer(typingctx, address, tag):  # type: ignore[no-untyped-def]
+    pointer = types.CPointer(tag)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, tag), codegen
+
+
+@numba.njit(**_OPTIONS)
+def view(address: int, size: int, tag: Any) -> Any:
+    """The ``size`` elements at ``address`` as an array of the tag's type."""
+    return numba.carray(_as_pointer(address, tag), size)
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at ``address``; any address is allowed."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        pointer = builder.inttoptr(args[0], byte_pointer)
+        builder.call(function, [pointer, int32(0), int32(3), int32(1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx, target, source, size):  # type: ignore[no-untyped-def]
+    """Copy ``size`` bytes between two addresses, as memcpy does."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte_pointer = ir.IntType(8).as_pointer()
+        to, origin = (builder.inttoptr(a, byte_pointer) for a in args[:2])
+        cgutils.raw_memcpy(builder, to, origin, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _half_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _float_to_half(typingctx, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _bfloat16_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        int32 = ir.IntType(32)
+        wide = builder.shl(builder.zext(args[0], int32), int32(16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
+def _float_to_bfloat16(typingctx, value):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; NaN stays NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        int32 = ir.IntType(32)
+        bits = builder.bitcast(args[0], int32)
+        odd = builder.and_(builder.lshr(bits, int32(16)), int32(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, int32(0x7FFF))), int32(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, int32(0x7FC0), rounded), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+def load(array: Any, i: int) -> Any:
+    """Element i in the type that it is computed in: float32, or float64 for float64."""
+    raise NotImplementedError("only inside compiled code")
+
+
+def store(array: Any, i: int, value: Any) -> None:
+    """Round ``value`` to the array's element type, to nearest even, and store it."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(load, jit_options=_OPTIONS)
+def _load(array, i):  # type: ignore[no-untyped-def]
+    if array.dtype == types.uint16:
+        return lambda array, i: _half_to_float(array[i])
+    if array.dtype == types.int16:
+        return lambda array, i: _bfloat16_to_float(array[i])
+    return lambda array, i: array[i]
+
+
+@overload(store, jit_options=_OPTIONS)
+def _store(array, i, value):  # type: ignore[no-untyped-def]
+    if array.dtype == types.uint16:
+
+        def half(array, i, value):  # type: ignore[no-untyped-def]
+            array[i] = _float_to_half(np.float32(value))
+
+        return half
+    if array.dtype == types.int16:
+
+        def bfloat16(array, i, value):  # type: ignore[no-untyped-def]
+            array[i] = _float_to_bfloat16(np.float32(value))
+
+        return bfloat16
+
+    def same(array, i, value):  # type: ignore[no-untyped-def]
+        array[i] = value
+
+    return same
+
+
+def cast(value: Any, tag: Any) -> Any:
+    """``value`` in the tag's floating type."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(cast, jit_options=_OPTIONS)
+def _cast(value, tag):  # type: ignore[no-untyped-def]
+    if tag == types.float64:
+        return lambda value, tag: np.float64(value)
+    return lambda value, tag: np.float32(value)
+
+
+@jit
+def row_address(blocks: Any, block_size: int, row: int, row_bytes: int) -> int:
+    """Where row ``row`` begins, given the address of each block."""
+    block = row // block_size
+    return blocks[block] + (row - block * block_size) * row_bytes  # type: ignore[no-any-return]

@@ -1,0 +1,161 @@
+"""The hash index from ids to rows, and moving rows in and out of a table's blocks.
+
+Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row), C a power of two; a
+row below 0 marks a free entry. An id and its row share a cache line. Ids are mixed by the
+finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+2014), so sequential ids and ids that agree in their low bits spread like random ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..._types import Slot
+from ._compile import BYTE, copy_bytes, jit, prefetch, row_address, view
+from ._interop import array_of
+from ._threads import parallel_for
+
+#: Ids a thread takes at the least, and entries asked for ahead.
+GRAIN = 8192
+AHEAD = 16
+
+
+@jit
+def _home(id_, mask):  # type: ignore[no-untyped-def]
+    """The entry at which the search for an id begins."""
+    z = np.uint64(id_)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return np.int64(z) & mask
+
+
+@jit
+def _find(part, begin, end, entries, ids, rows):  # type: ignore[no-untyped-def]
+    mask = entries.shape[0] - 1
+    for i in range(begin, end):
+        if i + AHEAD < end:
+            prefetch(entries.ctypes.data + _home(ids[i + AHEAD], mask) * 16)
+        entry = _home(ids[i], mask)
+        while entries[entry, 1] >= 0 and entries[entry, 0] != ids[i]:
+            entry = (entry + 1) & mask
+        rows[i] = entries[entry, 1]
+    return 0
+
+
+@jit
+def _insert(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-untyped-def]
+    mask = entries.shape[0] - 1
+    inserted = 0
+    for i in range(ids.size):
+        if i + AHEAD < ids.size:
+            prefetch(entries.ctypes.data + _home(ids[i + AHEAD], mask) * 16)
+        entry = _home(ids[i], mask)
+        while entries[entry, 1] >= 0 and entries[entry, 0] != ids[i]:
+            entry = (entry + 1) & mask
+        if entries[entry, 1] < 0:
+            entries[entry, 0] = ids[i]
+            entries[entry, 1] = new_rows[inserted]
+            new_ids[inserted] = ids[i]
+            inserted += 1
+        rows[i] = entries[entry, 1]
+    return inserted
+
+
+@jit
+def _gather(part, begin, end, blocks, block_size, row_bytes, rows, target):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
+        if i + AHEAD < end and rows[i + AHEAD] >= 0:
+            ahead = row_address(blocks, block_size, rows[i + AHEAD], row_bytes)
+            for offset in range(0, row_bytes, 64):
+                prefetch(ahead + offset)
+        if rows[i] >= 0:
+            source = row_address(blocks, block_size, rows[i], row_bytes)
+            copy_bytes(target + i * row_bytes, source, row_bytes)
+        else:
+            view(target + i * row_bytes, row_bytes, BYTE)[:] = 0
+    return 0
+
+
+@jit
+def _scatter(blocks, block_size, row_bytes, rows, source):  # type: ignore[no-untyped-def]
+    for i in range(rows.size):
+        target = row_address(blocks, block_size, rows[i], row_bytes)
+        copy_bytes(target, source + i * row_bytes, row_bytes)
+
+
+def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The row of each id, or ``MISSING``.
+
+    Args:
+        entries: the index, [C, 2] int64, at least one entry free.
+        ids: [N] int64.
+
+    Returns:
+        rows [N] int64.
+    """
+    rows = torch.empty_like(ids)
+    parallel_for(_find, ids.numel(), GRAIN, array_of(entries), array_of(ids), array_of(rows))
+    return rows
+
+
+def insert_(
+    entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find each id, giving those that are absent the next of ``new_rows``, in order.
+
+    Args:
+        entries: the index, [C, 2] int64, changed in place; the caller keeps it part empty.
+        ids: [N] int64, duplicates allowed.
+        new_rows: [M] int64, at least as many as there are absent ids.
+
+    Returns:
+        rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
+    """
+    rows, new_ids = torch.empty_like(ids), torch.empty_like(new_rows)
+    inserted = _insert(*map(array_of, (entries, ids, new_rows, rows, new_ids)))
+    return rows, new_ids[:inserted]
+
+
+def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
+    """Copies of the named rows.
+
+    Args:
+        slot: weights or moments of width D.
+        rows: [N] int64, in range or ``MISSING``, which reads as zeros.
+
+    Returns:
+        values [N, D] of the slot's dtype.
+    """
+    values = torch.empty(rows.numel(), slot.dim, dtype=slot.dtype, device="cpu")
+    row_bytes = slot.dim * slot.dtype.itemsize
+    parallel_for(
+        _gather,
+        rows.numel(),
+        max(1, GRAIN * 64 // row_bytes),
+        slot.addresses(),
+        slot.block_size(),
+        row_bytes,
+        array_of(rows),
+        values.data_ptr(),
+    )
+    return values
+
+
+def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite the named rows; of a row that is named twice the last value stays.
+
+    Args:
+        slot: changed in place.
+        rows: [N] int64, in range.
+        values: [N, D] of the slot's dtype.
+    """
+    values = values.contiguous()
+    _scatter(
+        slot.addresses(),
+        slot.block_size(),
+        slot.dim * slot.dtype.itemsize,
+        array_of(rows),
+        values.data_ptr(),
+    )

@@ -1,0 +1,164 @@
+"""The operations, on whichever engine fits the device. Only this module chooses an engine.
+
+Each operation has the same name and keyword signature here, in ``reference`` and in each package
+under ``engines``. Tensors of one call live on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ._types import Distribution, Pending, Slot, Update
+
+_MODULES = {"reference": ".reference", "cpu": ".engines.cpu", "cuda": ".engines.cuda"}
+_chosen: str | None = None
+_warned = False
+
+
+@contextlib.contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Within the block, run every operation on the named engine, or raise why it cannot load.
+
+    Args:
+        name: "reference", "cpu" or "cuda".
+
+    Raises:
+        ValueError: there is no such engine.
+        RuntimeError: it cannot load here; the cause is in the text.
+    """
+    global _chosen
+    load_engine(name)
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def load_engine(name: str) -> ModuleType:
+    """The package that implements an engine.
+
+    Raises:
+        ValueError: there is no such engine.
+        RuntimeError: it cannot load here; the cause is in the text.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"engine must be one of {', '.join(_MODULES)}, got {name!r}")
+    try:
+        return importlib.import_module(_MODULES[name], __package__)
+    except ImportError as error:
+        raise RuntimeError(f"the {name} engine cannot load: {error}") from error
+
+
+def _engine(device: torch.device) -> Any:
+    """The engine chosen by ``use_engine``, or the one for the device."""
+    global _warned
+    if _chosen is not None:
+        return load_engine(_chosen)
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"tables live on cpu or cuda, got a table on {device}")
+    try:
+        return load_engine(device.type)
+    except RuntimeError as error:
+        if device.type == "cuda":
+            raise
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"{error}. Falling back to the reference implementation, which is many times "
+                f"slower; pip install numba",
+                stacklevel=2,
+            )
+        return load_engine("reference")
+
+
+class Segments:
+    """The gradients of a step, sorted by row; made by ``segment``, used by ``sparse_adamw_``."""
+
+    def __init__(self, groups: list[tuple[list[int], Any, Any]]) -> None:
+        self.groups = groups  # [(table numbers, engine, that engine's segments)]
+
+
+def segment(pending: Sequence[Pending]) -> Segments:
+    """Group the tables of a step and sort each group's gradients by row. Writes to no table.
+
+    Args:
+        pending: each table's gradients, at least one piece each.
+
+    Raises:
+        IndexError: a row is outside its table; the text names both.
+    """
+    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for number, table in enumerate(pending):
+        param, grad_dtype = table.param, table.pieces[0].grad.dtype
+        groups[param.device, param.dtype, grad_dtype, param.dim].append(number)
+    result = []
+    for (device, *_), numbers in groups.items():
+        engine = _engine(device)
+        result.append((numbers, engine, engine.segment([pending[n] for n in numbers])))
+    return Segments(result)
+
+
+def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
+    """Apply one AdamW step to the rows that ``segments`` names. Nothing else is written.
+
+    Args:
+        updates: the tables, in the order in which ``segment`` got them.
+        segments: their gradients.
+    """
+    for numbers, engine, group in segments.groups:
+        engine.sparse_adamw_([updates[n] for n in numbers], group)
+
+
+def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
+    """The touched rows of one table and the sums of their gradients.
+
+    Returns:
+        rows [U] int64, ascending, and values [U, D] of the gradients' dtype.
+    """
+    rows, values = _engine(pending.param.device).coalesce(pending)
+    return rows, values
+
+
+def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The row of each id [N] int64 in the index [C, 2] int64, or ``MISSING``: rows [N] int64."""
+    rows: torch.Tensor = _engine(entries.device).find(entries, ids)
+    return rows
+
+
+def insert_(
+    entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find each id [N], giving those that are absent the next of ``new_rows``, in order.
+
+    Returns:
+        rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
+    """
+    rows, new_ids = _engine(entries.device).insert_(entries, ids, new_rows)
+    return rows, new_ids
+
+
+def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
+    """Copies [N, D] of the named rows [N] int64; ``MISSING`` reads as zeros."""
+    values: torch.Tensor = _engine(slot.device).gather(slot, rows)
+    return values
+
+
+def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite the named rows [N] by values [N, D]; of a row named twice the last value stays."""
+    _engine(slot.device).scatter_(slot, rows, values)
+
+
+def init_rows_(
+    slot: Slot, rows: torch.Tensor, ids: torch.Tensor, seed: int, distribution: Distribution
+) -> None:
+    """Fill rows [n] with the initial values of ids [n]: a pure function of (seed, id)."""
+    _engine(slot.device).init_rows_(slot, rows, ids, seed, distribution)

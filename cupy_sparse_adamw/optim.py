@@ -1,0 +1,437 @@
+"""SparseOptimizer and SparseAdamW: param groups, accumulation, state. No arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from . import functional
+from ._checks import require_betas, require_hyperparams, require_int
+from ._types import Update
+from .hash_table import HashTable
+from .tables import Table, as_table, claim, require_owned
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that update only the rows that gradients name.
+
+    It keeps what torch.optim.Optimizer promises (hooks, LR schedulers, closures, state_dict,
+    deepcopy, pickle) for tables given by name, and RecIS's names: ``add_params``,
+    ``set_grad_accum_steps``.
+
+    With ``set_grad_accum_steps(n)`` an update happens at the n-th ``step()`` since the last update,
+    and ``zero_grad()`` in between keeps the gradients. They are summed: scale the loss.
+
+    Args:
+        param_dict: name -> table; may be empty.
+        defaults: ``lr``, ``betas``, ``eps``, ``weight_decay`` of groups that do not set them.
+    """
+
+    def __init__(self, param_dict: Mapping[str, Any], defaults: dict[str, Any]) -> None:
+        if not isinstance(param_dict, Mapping):
+            raise TypeError(
+                f"param_dict must be a dict of name -> table, got {type(param_dict).__name__}; use "
+                f"filter_out_sparse_param(model)"
+            )
+        require_hyperparams(defaults)
+        self._tables: dict[str, Table] = {}
+        self._grad_accum_steps = 1
+        self._accumulated = 0  # micro-batches since the last update
+        super().__init__([{"params": param_dict}], defaults)
+
+    # ------------------------------------------------------------------ tables and groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add tables with settings of their own.
+
+        Args:
+            param_group: ``{"params": {name: table}, "lr": ..., ...}``; ``beta1`` and ``beta2`` may
+                stand for ``betas``. What is left out comes from the constructor.
+
+        Raises:
+            TypeError: ``params`` is no dict, or holds something that is not a table.
+            ValueError: a setting is out of range, or a name or table is already here.
+        """
+        if not isinstance(param_group, dict) or not isinstance(param_group.get("params"), Mapping):
+            raise TypeError(
+                "a param group must be a dict whose 'params' is a dict of name -> table; use "
+                "filter_out_sparse_param(model)"
+            )
+        _require_no_amsgrad(param_group.get("amsgrad", False))
+        group = {**self.defaults, **param_group}
+        beta1, beta2 = require_betas(group["betas"])
+        group["betas"] = (group.pop("beta1", beta1), group.pop("beta2", beta2))
+        require_hyperparams(group)
+        tables = self._require_new_tables(param_group["params"])
+        group["params"] = [table.key for table in tables.values()]
+        self.param_groups.append(group)
+        self._adopt(tables)
+
+    def add_params(self, params: Mapping[str, Any]) -> None:
+        """Add tables to the first param group.
+
+        Raises:
+            TypeError: ``params`` is no dict, or holds something that is not a table.
+            ValueError: a name or table is already here.
+        """
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"params must be a dict of name -> table, got {type(params).__name__}; use "
+                f"filter_out_sparse_param(model)"
+            )
+        tables = self._require_new_tables(params)
+        self.param_groups[0]["params"] += [table.key for table in tables.values()]
+        self._adopt(tables)
+
+    def _require_new_tables(self, params: Mapping[str, Any]) -> dict[str, Table]:
+        """The tables of a dict, none of which is known yet by name or identity."""
+        held = {id(key) for group in self.param_groups for key in group["params"]}
+        for name, table in list(self._tables.items()):
+            if id(table.key) not in held:  # its group was removed by hand
+                del self._tables[name]
+        tables: dict[str, Table] = {}
+        names = {id(table.key): name for name, table in self._tables.items()}
+        for name, value in params.items():
+            if not isinstance(name, str):
+                raise TypeError(f"table names are strings, got {name!r}")
+            table = as_table(name, value)
+            if name in self._tables:
+                raise ValueError(f"the optimizer already has a table named {name!r}")
+            if id(table.key) in names:
+                raise ValueError(
+                    f"{names[id(table.key)]!r} and {name!r} are the same table; a table is updated "
+                    f"once per step, so give it once"
+                )
+            names[id(table.key)] = name
+            tables[name] = table
+        return tables
+
+    def _adopt(self, tables: dict[str, Table]) -> None:
+        for table in tables.values():
+            table.drop_moments()
+            claim(table, self)
+        self._tables.update(tables)
+
+    def _named_tables(self) -> Iterator[tuple[dict[str, Any], str, Table]]:
+        """(group, name, table) of every table, in the order of the groups."""
+        by_key = {id(table.key): (name, table) for name, table in self._tables.items()}
+        for group in self.param_groups:
+            for key in group["params"]:
+                if id(key) not in by_key:
+                    raise RuntimeError(
+                        "param_groups holds something that was put there by hand; add tables with "
+                        "add_params or add_param_group, which take their names"
+                    )
+                yield group, *by_key[id(key)]
+
+    # ------------------------------------------------------------------ step
+
+    def set_grad_accum_steps(self, steps: int) -> None:
+        """Update at every ``steps``-th ``step()`` only.
+
+        Raises:
+            TypeError, ValueError: ``steps`` is no int of at least 1.
+        """
+        self._grad_accum_steps = require_int("steps", steps, 1)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every table that has a gradient, or count a micro-batch.
+
+        Everything is checked before anything is written: after an exception, weights, moments and
+        counters of all tables are what they were.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is dense or was changed since backward, or another optimizer
+                has taken a table over.
+            IndexError: a gradient names a row that the table does not have.
+            TypeError, ValueError: a gradient or a setting does not fit.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update(last=self._accumulated + 1 >= self._grad_accum_steps)
+        return loss
+
+    @torch.compiler.disable  # the update is no tensor program
+    def _update(self, last: bool) -> None:
+        settings = {id(group): require_hyperparams(group) for group in self.param_groups}
+        tables, grads, hypers = [], [], []
+        for group, name, table in self._named_tables():
+            require_owned(name, table, self)
+            pending = table.pending(name)
+            if pending is not None:
+                tables.append(table)
+                grads.append(pending)
+                hypers.append(settings[id(group)])
+        if not last:
+            self._accumulated += 1
+            return
+        segments = functional.segment(grads)
+        updates = []
+        for table, pending, hyper in zip(tables, grads, hypers, strict=True):
+            state = self.state[table.key]
+            step = state.get("step", 0) + 1
+            updates.append(Update(pending, *table.moments(state), step, hyper))
+        self._apply_updates(updates, segments)
+        for table, update in zip(tables, updates, strict=True):
+            self.state[table.key]["step"] = update.step
+        self._accumulated = 0
+
+    def _apply_updates(self, updates: list[Update], segments: functional.Segments) -> None:
+        """The update rule: writes weights and moments of the rows in ``segments``."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, unless micro-batches are being accumulated."""
+        if self._accumulated == 0:
+            for table in self._tables.values():
+                table.clear_pending(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler, which unscales ``.grad`` itself where this is False."""
+        if self._grad_accum_steps > 1 or any(
+            isinstance(table, HashTable) for table in self._tables.values()
+        ):
+            raise RuntimeError(
+                "GradScaler cannot unscale the gradients of a HashTable or of accumulated "
+                "micro-batches yet; use bfloat16 autocast without a GradScaler, or call "
+                "optimizer.step() on unscaled gradients"
+            )
+        return False
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resume needs, in plain types.
+
+        Returns:
+            ``{"state": {name: {"step", "exp_avg", "exp_avg_sq", "dtype"[, "ids"]}},
+            "param_groups": [{settings, "params": [names]}], "accumulation": {"grad_accum_steps",
+            "accumulated", "grads": {name: unreduced gradients}}}``. Tables that had no update
+            have no entry in "state". Moments of a HashTable are listed by id.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        states: dict[str, Any] = {}
+        groups: list[dict[str, Any]] = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": []}
+            for group in self.param_groups
+        ]
+        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
+        grads: dict[str, Any] = {}
+        for group, name, table in self._named_tables():
+            require_owned(name, table, self)
+            groups[numbers[id(group)]]["params"].append(name)
+            state = self.state.get(table.key, {})
+            if state.get("step", 0):
+                states[name] = {"step": state["step"], **table.export_moments(state)}
+            if self._accumulated:
+                grads[name] = table.export_pending(name)
+        result = {
+            "state": states,
+            "param_groups": groups,
+            "accumulation": {
+                "grad_accum_steps": self._grad_accum_steps,
+                "accumulated": self._accumulated,
+                "grads": grads,
+            },
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, result)
+            result = result if replaced is None else replaced
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned. Load the model's own state first.
+
+        Raises:
+            TypeError, ValueError: something does not fit; then nothing has been changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = self._require_groups(state_dict)
+        accumulation = state_dict.get("accumulation", {})
+        steps = require_int("grad_accum_steps", accumulation.get("grad_accum_steps", 1), 1)
+        accumulated = require_int("accumulated", accumulation.get("accumulated", 0), 0)
+        saved_states, saved_grads = state_dict["state"], accumulation.get("grads", {})
+        for name in (*saved_states, *saved_grads):
+            if name not in self._tables:
+                raise ValueError(
+                    f"the saved state has a table {name!r} that this optimizer has not"
+                )
+        counts, moments, grads = {}, {}, {}
+        for name, table in self._tables.items():
+            require_owned(name, table, self)
+            if name in saved_states:
+                counts[name] = _require_step(name, saved_states[name])
+                moments[name] = table.build_moments(name, saved_states[name])
+            if accumulated:
+                grads[name] = table.build_pending(name, saved_grads.get(name, []))
+
+        had_pending = self._accumulated > 0
+        self.param_groups[:] = groups
+        self._grad_accum_steps, self._accumulated = steps, accumulated
+        self.state.clear()
+        for name, table in self._tables.items():
+            built = moments.get(name)
+            table.install_moments(self.state[table.key] if built else {}, built)
+            if built:
+                self.state[table.key]["step"] = counts[name]
+            if accumulated:
+                table.install_pending(grads[name])
+            elif had_pending:  # its micro-batches belong to the state that is replaced
+                table.clear_pending()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _require_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The param groups with saved settings; they must hold the same tables as saved."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"the saved state has no {key!r}; is it SparseAdamW's state_dict?")
+        saved_groups = state_dict["param_groups"]
+        names_here: list[list[str]] = [[] for _ in self.param_groups]
+        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
+        for group, name, _ in self._named_tables():
+            names_here[numbers[id(group)]].append(name)
+        if not all(isinstance(group, Mapping) and "params" in group for group in saved_groups):
+            raise ValueError("every saved param group must be a dict with the names in 'params'")
+        names_saved = [list(group["params"]) for group in saved_groups]
+        here, saved = (
+            {name for names in groups for name in names} for groups in (names_here, names_saved)
+        )
+        if saved - here:
+            raise ValueError(
+                f"the saved state has tables that this optimizer has not: {sorted(saved - here)}"
+            )
+        if here - saved:
+            raise ValueError(
+                f"the saved state lacks tables that this optimizer has: {sorted(here - saved)}"
+            )
+        if [sorted(names) for names in names_here] != [sorted(names) for names in names_saved]:
+            raise ValueError(
+                f"the saved param groups hold {names_saved}, this optimizer's {names_here}; make "
+                f"the same groups before loading"
+            )
+        groups = []
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            merged = {**copy.deepcopy(saved_group), "params": group["params"]}
+            for key in ("lr", "betas", "eps", "weight_decay"):
+                if key not in merged:
+                    raise ValueError(f"a saved param group has no {key!r}")
+            require_hyperparams(merged)
+            merged["betas"] = tuple(merged["betas"])
+            groups.append(merged)
+        return groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_tables": self._tables,
+            "_grad_accum_steps": self._grad_accum_steps,
+            "_accumulated": self._accumulated,
+            # torch's deepcopy and pickle of a Parameter drop its .grad
+            "_grads": {n: t.export_pending(n) for n, t in self._tables.items()}
+            if self._accumulated
+            else {},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        grads = state.pop("_grads", {})
+        super().__setstate__(state)
+        for name, saved in grads.items():
+            self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
+        for table in self._tables.values():
+            claim(table, self)  # the copies' owner is the copy
+
+
+def _require_no_amsgrad(amsgrad: Any) -> None:
+    if amsgrad:
+        raise ValueError("amsgrad must be False: SparseAdamW has no amsgrad variant")
+
+
+def _require_step(name: str, saved: Any) -> int:
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"table {name!r}: its saved state must be a dict, got {saved!r}")
+    step = saved.get("step")
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and step == step.floor():
+        step = int(step)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise ValueError(
+            f"table {name!r}: the saved step must be an int of at least 1, got {step!r}"
+        )
+    return step
+
+
+class SparseAdamW(SparseOptimizer):
+    r"""AdamW for tables of which a batch touches few rows. Other rows stay bit for bit.
+
+    For every row r with gradients, g their sum in this step, t the number of the table's updates,
+    elementwise (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2,
+    as torch.optim.AdamW)::
+
+        exp_avg    += (1 - beta1) * (g - exp_avg)
+        exp_avg_sq += (1 - beta2) * (g * g - exp_avg_sq)
+        denom       = sqrt(exp_avg_sq / (1 - beta2**t)) + eps
+        param      -= lr * (exp_avg / (1 - beta1**t) / denom + weight_decay * param)
+
+    A table without a gradient in a step is skipped and its t stays; a gradient without entries
+    advances t. Tables are float32, float64, float16 or bfloat16; moments are float32 (float64 for
+    float64 tables).
+
+    Args:
+        param_dict: name -> HashTable, ``torch.nn.Embedding(sparse=True)``,
+            ``EmbeddingBag(sparse=True)`` or such a module's weight; may be empty.
+        lr: learning rate, a float or a tensor with one element.
+        beta1: decay rate of ``exp_avg``, in [0, 1).
+        beta2: decay rate of ``exp_avg_sq``, in [0, 1).
+        eps: added to the denominator, at least 0.
+        weight_decay: decoupled weight decay, at least 0.
+        amsgrad: must be False; there for RecIS's signature.
+
+    Raises:
+        ValueError: a setting is out of range, NaN or infinite, ``amsgrad`` is True, or two names
+            stand for one table.
+        TypeError: a value of ``param_dict`` is no table; the text names its key.
+
+    Example::
+
+        model = torch.nn.Embedding(1_000_000, 64, sparse=True)
+        optimizer = SparseAdamW({"items": model}, lr=1e-3)
+        model(torch.tensor([3, 7, 3])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        param_dict: Mapping[str, Any],
+        lr: float | torch.Tensor = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+    ) -> None:
+        _require_no_amsgrad(amsgrad)
+        defaults = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(param_dict, defaults)
+
+    def _apply_updates(self, updates: list[Update], segments: functional.Segments) -> None:
+        functional.sparse_adamw_(updates, segments)

@@ -1,0 +1,386 @@
+"""What the optimizer knows of a table: a small protocol, and the kind that wraps embeddings.
+
+``HashTable`` implements the protocol itself (hash_table.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import _checks
+from ._types import MOMENT_DTYPE, Pending, PendingGrad, Slot
+
+ACCEPTED = (
+    "a HashTable, a torch.nn.Embedding(sparse=True) or EmbeddingBag(sparse=True), or its weight"
+)
+
+#: The optimizer that owns a table, by the table's key: id(key) -> weak reference.
+_owners = WeakIdKeyDictionary()
+
+
+class Table:
+    """One matrix of rows that an optimizer updates.
+
+    Methods that take ``state`` get the optimizer's state of this table, a dict that they may
+    fill; methods that take ``name`` use it in error texts only.
+    """
+
+    @property
+    def key(self) -> Any:
+        """What ``param_groups`` holds and ``optimizer.state`` is keyed by."""
+        raise NotImplementedError
+
+    def pending(self, name: str) -> Pending | None:
+        """The gradients of this step, checked; None if there are none.
+
+        Raises:
+            RuntimeError: they are dense, or were changed since backward.
+            TypeError, ValueError: their dtype or shape does not fit.
+        """
+        raise NotImplementedError
+
+    def moments(self, state: dict[str, Any]) -> tuple[Slot, Slot]:
+        """exp_avg and exp_avg_sq, as zeros if there are none yet."""
+        raise NotImplementedError
+
+    def drop_moments(self) -> None:
+        """Forget moments kept with the table: it gets a new owner."""
+
+    def clear_pending(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, as ``zero_grad`` does."""
+        raise NotImplementedError
+
+    def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The table's entry of ``state_dict``: moments, dtype, and ids if rows have ids."""
+        raise NotImplementedError
+
+    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+        """What ``install_moments`` needs, made from an entry of ``state_dict``. Changes nothing.
+
+        Raises:
+            ValueError: the entry does not fit the table.
+        """
+        raise NotImplementedError
+
+    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
+        """Replace the moments by built ones, or by none."""
+        raise NotImplementedError
+
+    def export_pending(self, name: str) -> list[dict[str, Any]]:
+        """The unreduced gradients in order, as plain dicts."""
+        raise NotImplementedError
+
+    def build_pending(self, name: str, saved: list[dict[str, Any]]) -> Any:
+        """What ``install_pending`` needs. Changes nothing; raises ValueError if it does not fit."""
+        raise NotImplementedError
+
+    def install_pending(self, built: Any) -> None:
+        """Replace the gradients."""
+        raise NotImplementedError
+
+
+class EmbeddingTable(Table):
+    """The weight of a ``torch.nn.Embedding`` or ``EmbeddingBag`` with sparse gradients.
+
+    Args:
+        name: the table's name, for error texts.
+        weight: [R, D], contiguous; its ``.grad`` is sparse COO with indices [1, N], values [N, D].
+    """
+
+    def __init__(self, name: str, weight: torch.Tensor) -> None:
+        if weight.dim() != 2 or not weight.is_leaf or weight.shape[1] == 0:
+            raise TypeError(
+                f"{name}: a table is a leaf tensor of shape [rows, dim], got one of shape "
+                f"{list(weight.shape)}; accepted: {ACCEPTED}"
+            )
+        _checks.require_table_dtype(name, weight.dtype)
+        _require_contiguous(name, weight)
+        self._name = name
+        self.weight = weight
+        self._slots: dict[str, Slot] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slots": {}}
+
+    @property
+    def key(self) -> Any:
+        """The weight."""
+        return self.weight
+
+    def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
+        """The slot over a tensor [R, D], kept while the tensor's memory and dtype stay."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            (held,) = slot.values()
+            if (held.data_ptr(), held.dtype, held.shape) == (
+                tensor.data_ptr(),
+                tensor.dtype,
+                tensor.shape,
+            ):
+                return slot
+        slot = self._slots[name] = Slot.over(name, tensor.detach())
+        return slot
+
+    def pending(self, name: str) -> Pending | None:
+        """The gradients in ``weight.grad``; see ``Table.pending``."""
+        grad = self.weight.grad
+        if grad is None:
+            return None
+        if grad.layout != torch.sparse_coo:
+            raise RuntimeError(
+                f"table {name!r}: its gradient is dense; create the embedding with sparse=True, or "
+                f"give this parameter to torch.optim.AdamW"
+            )
+        if grad.shape != self.weight.shape or grad.sparse_dim() != 1:
+            raise ValueError(
+                f"table {name!r}: its gradient must be sparse over rows with shape "
+                f"{list(self.weight.shape)}, got shape {list(grad.shape)} with "
+                f"{grad.sparse_dim()} sparse dimensions"
+            )
+        _require_contiguous(name, self.weight)
+        values = grad._values().detach()
+        _checks.require_dtype(name, "its gradient", values, (self.weight.dtype,))
+        piece = PendingGrad(grad._indices()[0].contiguous(), values)
+        return Pending(name, self._slot("embedding", self.weight), self.weight.shape[0], [piece])
+
+    def moments(self, state: dict[str, Any]) -> tuple[Slot, Slot]:
+        """The moments in the optimizer's state, as in torch: ``exp_avg`` and ``exp_avg_sq`` [R, D].
+
+        Raises:
+            RuntimeError: the weight was moved, converted or resized after the first step.
+        """
+        weight = self.weight
+        dtype = MOMENT_DTYPE[weight.dtype]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state:
+                state[key] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            x = state[key]
+            if (x.dtype, x.device, x.shape) != (dtype, weight.device, weight.shape):
+                raise RuntimeError(
+                    f"table {self._name!r}: its weight became {list(weight.shape)} "
+                    f"{weight.dtype} on {weight.device} after its first update, its moments are "
+                    f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
+                    f"before it is trained, or make a new optimizer"
+                )
+        return self._slot("exp_avg", state["exp_avg"]), self._slot(
+            "exp_avg_sq", state["exp_avg_sq"]
+        )
+
+    def clear_pending(self, set_to_none: bool = True) -> None:
+        """Drop ``weight.grad``, or make it a zero without entries, as torch does."""
+        if set_to_none:
+            self.weight.grad = None
+        elif self.weight.grad is not None:
+            self.weight.grad.detach_().zero_()
+
+    def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """References to the moments, as in torch."""
+        return {
+            "exp_avg": state["exp_avg"],
+            "exp_avg_sq": state["exp_avg_sq"],
+            "dtype": dtype_name(self.weight.dtype),
+        }
+
+    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+        """Copies of the saved moments; see ``Table.build_moments``."""
+        if "ids" in saved:
+            raise ValueError(
+                f"table {name!r}: the saved moments are of a HashTable, this is an embedding"
+            )
+        first, second = require_moments(name, saved, self.weight.dtype, self.weight.shape[1])
+        if first.shape != self.weight.shape:
+            raise ValueError(
+                f"table {name!r}: the saved moments have shape {list(first.shape)}, the weight "
+                f"{list(self.weight.shape)}"
+            )
+        return _plain_copy(first, self.weight.device), _plain_copy(second, self.weight.device)
+
+    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
+        """Put copies made by ``build_moments`` into the optimizer's state."""
+        state.pop("exp_avg", None)
+        state.pop("exp_avg_sq", None)
+        if built is not None:
+            state["exp_avg"], state["exp_avg_sq"] = built
+
+    def export_pending(self, name: str) -> list[dict[str, Any]]:
+        """``.grad`` as torch holds it."""
+        if self.pending(name) is None:
+            return []
+        grad = self.weight.grad
+        assert grad is not None
+        return [
+            {
+                "indices": grad._indices(),
+                "values": grad._values(),
+                "is_coalesced": grad.is_coalesced(),
+            }
+        ]
+
+    def build_pending(self, name: str, saved: list[dict[str, Any]]) -> Any:
+        """The saved ``.grad``; see ``Table.build_pending``."""
+        grads = []
+        if len(saved) > 1:
+            raise ValueError(f"table {name!r}: {len(saved)} gradients are saved, expected one")
+        for piece in saved:
+            if "indices" not in piece:
+                raise ValueError(
+                    f"table {name!r}: the saved gradients are of a HashTable, this is an embedding"
+                )
+            for key in ("values", "is_coalesced"):
+                if key not in piece:
+                    raise ValueError(f"table {name!r}: a saved gradient has no {key!r}")
+            indices, values = piece["indices"], piece["values"]
+            if indices.dim() != 2 or indices.shape[0] != 1:
+                raise ValueError(
+                    f"table {name!r}: the indices of its saved gradient must have shape [1, N], "
+                    f"got {list(indices.shape)}"
+                )
+            if indices.numel() and not 0 <= indices.min() <= indices.max() < self.weight.shape[0]:
+                raise ValueError(
+                    f"table {name!r}: its saved gradient names rows {int(indices.min())} to "
+                    f"{int(indices.max())}, but the table has {self.weight.shape[0]} rows"
+                )
+            _checks.require_rows_of(
+                name,
+                "its saved gradient",
+                values,
+                indices.shape[1],
+                tuple(self.weight.shape[1:]),
+                values.device,
+            )
+            _checks.require_dtype(name, "its saved gradient", values, (self.weight.dtype,))
+            grads.append(
+                torch.sparse_coo_tensor(
+                    indices.to(self.weight.device, copy=True),
+                    values.to(self.weight.device, copy=True),
+                    tuple(self.weight.shape),
+                    device=self.weight.device,
+                    is_coalesced=piece["is_coalesced"],
+                    check_invariants=True,
+                )
+            )
+        return grads[0] if grads else None
+
+    def install_pending(self, built: Any) -> None:
+        """Set ``.grad``."""
+        self.weight.grad = built
+
+
+def _require_contiguous(name: str, weight: torch.Tensor) -> None:
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{name!r}: the weight must be contiguous; use "
+            f"torch.nn.Parameter(weight.detach().contiguous())"
+        )
+
+
+def _plain_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A contiguous copy, whatever the strides."""
+    return tensor.detach().to(device).clone(memory_format=torch.contiguous_format)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of torch.float32 without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def require_moments(
+    name: str, saved: dict[str, Any], dtype: torch.dtype, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments [n, D] of a saved entry, of the dtype that a table of ``dtype`` needs.
+
+    Raises:
+        ValueError: a key is missing, or shape or dtype do not fit.
+    """
+    for key in ("exp_avg", "exp_avg_sq"):
+        tensor = saved.get(key)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+            raise ValueError(f"table {name!r}: the saved state has no matrix {key!r}")
+        if tensor.shape[1] != dim:
+            raise ValueError(
+                f"table {name!r}: the saved {key} has D = {tensor.shape[1]}, the table D = {dim}"
+            )
+        if tensor.dtype != MOMENT_DTYPE[dtype]:
+            raise ValueError(
+                f"table {name!r}: the saved {key} is {tensor.dtype} (of a {saved.get('dtype')} "
+                f"table), but moments of a {dtype} table are {MOMENT_DTYPE[dtype]}; moments are "
+                f"not converted between float64 and other tables"
+            )
+    if saved["exp_avg"].shape != saved["exp_avg_sq"].shape:
+        raise ValueError(f"table {name!r}: the saved exp_avg and exp_avg_sq differ in shape")
+    return saved["exp_avg"], saved["exp_avg_sq"]
+
+
+def as_table(name: str, value: Any) -> Table:
+    """The table that ``value`` is or holds.
+
+    Raises:
+        TypeError: it is none; the text names the key and what is accepted.
+    """
+    if isinstance(value, Table):
+        return value
+    if isinstance(value, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        if not value.sparse:
+            raise TypeError(
+                f"{name}: this {type(value).__name__} has dense gradients; create it with "
+                f"sparse=True, or give it to torch.optim.AdamW"
+            )
+        value = value.weight
+    if isinstance(value, torch.Tensor):
+        return EmbeddingTable(name, value)
+    raise TypeError(f"{name}: expected {ACCEPTED}, got {type(value).__name__}")
+
+
+def claim(table: Table, optimizer: object) -> None:
+    """Make ``optimizer`` the owner of a table; a former owner's next step raises."""
+    _owners[table.key] = weakref.ref(optimizer)
+
+
+def require_owned(name: str, table: Table, optimizer: object) -> None:
+    """Raise RuntimeError if another optimizer has taken the table over."""
+    owner = _owners.get(table.key)
+    if owner is None or owner() is not optimizer:
+        raise RuntimeError(
+            f"table {name!r} now belongs to another optimizer that was given it later; a table "
+            f"belongs to one optimizer at a time, so make a new optimizer to go on with this one"
+        )
+
+
+def filter_out_sparse_param(model: torch.nn.Module) -> dict[str, Any]:
+    """Every table in a module tree, ready for ``param_dict``.
+
+    A HashTable is listed by its name, or by its path in the tree if it has none; sparse Embedding
+    and EmbeddingBag modules by path. A weight that several modules share is listed once. A model
+    that is itself a table without a name is listed by its class name.
+
+    Raises:
+        ValueError: two tables have one name; the text names both modules.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    keys: set[int] = set()
+    for path, module in model.named_modules():
+        path = path or type(module).__name__
+        if isinstance(module, Table):
+            name = getattr(module, "name", None) or path
+            key = module.key
+        elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
+            name, key = path, module.weight
+        else:
+            continue
+        if id(key) in keys:
+            continue
+        if name in found:
+            raise ValueError(
+                f"two tables are named {name!r}: {paths[name]} and {path}; give one of them "
+                f"another name"
+            )
+        keys.add(id(key))
+        found[name], paths[name] = module, path
+    return found

@@ -1,0 +1,60 @@
+"""What every test shares: the gpu marker, a fixed seed, and a closing list of what was skipped."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import defaultdict
+
+import pytest
+import torch
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """The reason why tests marked gpu cannot run here, or None where they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    with warnings.catch_warnings(record=True) as said:  # of a driver that is too old, say
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if not found:
+        return "; ".join(
+            [f"torch {torch.__version__} finds no CUDA device", *(str(w.message) for w in said)]
+        )
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}); install cupy-sparse-adamw[cuda12x] or [cuda13x]"
+    except Exception as error:  # whatever it is, it is the reason
+        return f"CuPy does not work here: {error}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked gpu where there is no GPU."""
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the skipped tests by reason: a skip is something that nobody has tested."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        by_reason[str(reason).removeprefix("Skipped: ")].append(report.nodeid)
+    terminalreporter.section("untested here (skipped)")
+    if not by_reason:
+        terminalreporter.write_line("nothing was skipped")
+    for reason, names in by_reason.items():
+        terminalreporter.write_line(f"{len(names)} × {reason}")
+        for name in names:
+            terminalreporter.write_line(f"    {name}")

@@ -1,0 +1,245 @@
+"""What holds for every engine: one signature for each operation, zero copies, a clear choice."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from cupy_sparse_adamw import HashTable, NormalInitializer, functional
+from cupy_sparse_adamw._types import Slot
+
+OPERATIONS = [
+    "coalesce",
+    "find",
+    "gather",
+    "init_rows_",
+    "insert_",
+    "scatter_",
+    "segment",
+    "sparse_adamw_",
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_name_and_signature_everywhere(operation):
+    names = [
+        list(inspect.signature(getattr(module, operation)).parameters)
+        for module in (
+            functional,
+            functional.load_engine("reference"),
+            functional.load_engine("cpu"),
+        )
+    ]
+    assert names[0] == names[1] == names[2]
+
+
+def test_the_list_of_operations_is_complete():
+    for name in ("reference", "cpu"):
+        assert functional.load_engine(name).__all__ == OPERATIONS
+
+
+def test_tensors_reach_numpy_without_copies():
+    from cupy_sparse_adamw.engines.cpu._interop import array_of
+
+    for dtype in (torch.int64, torch.float32, torch.float64, torch.float16):
+        tensor = torch.arange(12).to(dtype).view(3, 4)
+        array = array_of(tensor)
+        assert array.ctypes.data == tensor.data_ptr()
+        array[1, 2] = 77
+        assert tensor[1, 2] == 77
+        back = torch.from_dlpack(array)
+        assert back.data_ptr() == tensor.data_ptr()
+
+
+def test_kernels_write_where_torch_reads():
+    """A slot's blocks are the tensors themselves: the addresses that kernels get are theirs."""
+    weight = torch.zeros(6, 2)
+    slot = Slot.over("embedding", weight)
+    assert slot.addresses().tolist() == [weight.data_ptr()]
+    with functional.use_engine("cpu"):
+        functional.scatter_(slot, torch.tensor([4]), torch.tensor([[1.0, 2.0]]))
+    assert weight[4].tolist() == [1.0, 2.0]
+
+
+def test_an_unknown_engine():
+    with (
+        pytest.raises(ValueError, match="must be one of reference, cpu, cuda, got 'gpu'"),
+        functional.use_engine("gpu"),
+    ):
+        pass
+
+
+def test_the_cuda_engine_says_that_it_is_missing():
+    with pytest.raises(RuntimeError, match=r"cuda engine cannot load: .*not part of this version"):
+        functional.load_engine("cuda")
+    with pytest.raises(RuntimeError, match="keep tables on the CPU"):
+        HashTable([4], device="cuda")
+
+
+def test_a_chosen_engine_holds_for_the_block_only(monkeypatch):
+    calls = []
+    reference = functional.load_engine("reference")
+    original = reference.find
+    monkeypatch.setattr(reference, "find", lambda *args: calls.append(1) or original(*args))
+    table = HashTable([2])
+    table(torch.tensor([1]))
+    assert not calls
+    with functional.use_engine("reference"):
+        table(torch.tensor([1]))
+    assert calls == [1]
+    table(torch.tensor([1]))
+    assert calls == [1]
+
+
+WITHOUT_NUMBA = """
+import sys, warnings
+sys.modules["numba"] = None
+import torch
+from cupy_sparse_adamw import HashTable, SparseAdamW, functional
+try:
+    functional.load_engine("cpu")
+except RuntimeError as error:
+    print("asked by name:", error)
+table = HashTable([2])
+optimizer = SparseAdamW({"table": table}, lr=1.0, weight_decay=0.0)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        table(torch.tensor([5, 7])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print("warned:", [str(w.message) for w in caught])
+print(table.embeddings().flatten().tolist())
+"""
+
+
+def test_without_numba_the_automatic_choice_is_the_reference_and_says_so():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True
+    )
+    asked, warned, values = result.stdout.splitlines()
+    assert "the cpu engine cannot load" in asked
+    assert warned.count("Falling back to the reference implementation") == 1
+    assert "pip install numba" in warned
+    assert np.allclose(eval(values), [-2.0] * 4, atol=1e-5)
+
+
+UNWRITABLE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from cupy_sparse_adamw import HashTable
+    HashTable([2])(torch.tensor([3]))
+print([str(w.message) for w in caught if "compiled kernels" in str(w.message)])
+"""
+
+
+def test_without_a_writable_cache_it_compiles_and_warns_once(tmp_path):
+    """A file stands where each cache directory would be made, which stops even root."""
+    package = pathlib.Path(functional.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, tmp_path / package.name, ignore=ignore)
+    (tmp_path / package.name / "engines" / "cpu" / "__pycache__").write_text("")
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    below = str(blocker / "below")
+    places = ("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME", "IPYTHONDIR")
+    result = subprocess.run(
+        [sys.executable, "-c", UNWRITABLE],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **dict.fromkeys(places, below)},
+    )
+    assert result.stdout.count("compiled kernels cannot be kept on disk") == 1
+    assert "set NUMBA_CACHE_DIR to a directory you can write" in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_can_look_up():
+    """The parent's threads are gone. torch's own (OpenMP) hang there, so they are kept out."""
+    script = """
+import os, torch
+from cupy_sparse_adamw import HashTable, functional
+table = HashTable([2])
+ids = torch.arange(50_000)
+table(ids)
+find = lambda: functional.find(table._store._entries, ids)[::5000].tolist()
+expected = find()
+child = os.fork()
+if child == 0:
+    os._exit(0 if find() == expected == list(range(0, 50_000, 5000)) else 1)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert result.stdout == "child 0\n"
+
+
+class Lookups(torch.utils.data.Dataset):
+    """Embeddings of 1,000 ids a sample, looked up in the worker."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return self.table(torch.arange(1000 * i, 1000 * i + 1000)).detach().numpy()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_dataloader_workers_can_look_up():
+    table = HashTable([2], initializer=NormalInitializer())
+    expected = table(torch.arange(50_000)).detach()
+    table.eval()
+    loader = torch.utils.data.DataLoader(
+        Lookups(table), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    values = torch.cat(list(loader))
+    assert torch.equal(values, expected[:8000])
+
+
+def test_two_tables_train_in_two_threads():
+    """Parallel kernels entered by two threads at once, each with its own table."""
+    from cupy_sparse_adamw import SparseAdamW
+
+    results = {}
+
+    def train(number):
+        table = HashTable([8])
+        optimizer = SparseAdamW({"table": table})
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(3):
+            ids = torch.randint(0, 30_000, (40_000,), generator=generator)
+            table(ids).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results[number] = table.embeddings()
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    train(2)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[2])

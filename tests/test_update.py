@@ -1,0 +1,353 @@
+"""Every operation on gradients, on every engine, on the same cases."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracle import DTYPES, TOLERANCE, Oracle, bits, relative_error, slot_of, within_one_ulp
+
+from cupy_sparse_adamw import functional
+from cupy_sparse_adamw._types import (
+    MISSING,
+    MOMENT_DTYPE,
+    Hyperparams,
+    Pending,
+    PendingGrad,
+    Update,
+)
+
+ENGINES = ["reference", "cpu"]
+HYPER = Hyperparams(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2)
+
+
+class Table:
+    """A table in slots, stepped through ``functional`` as the optimizer does."""
+
+    def __init__(self, values: torch.Tensor, block_size: int = 5, hyper: Hyperparams = HYPER):
+        zeros = torch.zeros(values.shape, dtype=MOMENT_DTYPE[values.dtype])
+        self.size = values.shape[0]
+        self.slots = [slot_of(x, block_size) for x in (values, zeros, zeros)]
+        self.hyper, self.t = hyper, 0
+
+    def pending(self, *pieces, **options) -> Pending:
+        return Pending(
+            options.pop("name", "table"),
+            self.slots[0],
+            self.size,
+            [PendingGrad(torch.as_tensor(rows), grads) for rows, grads in pieces],
+            **options,
+        )
+
+    def values(self) -> list[torch.Tensor]:
+        """Copies of weights, exp_avg, exp_avg_sq, each [R, D]."""
+        return [slot.value()[: self.size].clone() for slot in self.slots]
+
+
+def step(tables: list[Table], pending: list[Pending]) -> None:
+    segments = functional.segment(pending)
+    updates = []
+    for table, gradients in zip(tables, pending, strict=True):
+        table.t += 1
+        updates.append(Update(gradients, *table.slots[1:], table.t, table.hyper))
+    functional.sparse_adamw_(updates, segments)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    with functional.use_engine(request.param):
+        yield request.param
+
+
+def test_by_hand(engine):
+    """One element, worked out on paper: beta1 = 0.5, beta2 = 0.75, lr = 0.1, decay 0.5, eps 0.
+
+    t = 1, gradients 1 and 2 of row 1: g = 3, m = 1.5, v = 9/4, m^ = 3, v^ = 9,
+    w = 1 - 0.1 (3/3 + 0.5) = 0.85. t = 2, g = -1: m = 0.25, v = 31/16, m^ = 1/3, v^ = 31/7.
+    """
+    table = Table(torch.ones(3, 1, dtype=torch.float64), 2, Hyperparams(0.1, 0.5, 0.75, 0.0, 0.5))
+    step([table], [table.pending(([1, 1], torch.tensor([[1.0], [2.0]], dtype=torch.float64)))])
+    param, exp_avg, exp_avg_sq = table.values()
+    assert exp_avg.flatten().tolist() == [0.0, 1.5, 0.0]
+    assert exp_avg_sq.flatten().tolist() == [0.0, 2.25, 0.0]
+    assert param.flatten().tolist() == pytest.approx([1.0, 0.85, 1.0], abs=1e-15)
+
+    step([table], [table.pending(([1], torch.tensor([[-1.0]], dtype=torch.float64)))])
+    param, exp_avg, exp_avg_sq = table.values()
+    assert exp_avg[1].item() == 0.25
+    assert exp_avg_sq[1].item() == 31 / 16
+    expected = 0.85 - 0.1 * ((1 / 3) / math.sqrt(31 / 7) + 0.5 * 0.85)
+    assert param[1].item() == pytest.approx(expected, abs=1e-15)
+    assert param[0].item() == param[2].item() == 1.0
+
+
+@pytest.mark.parametrize("dim", [1, 3, 17, 64, 130])  # 1 and 3: no vector; 17, 130: a tail
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hundred_steps_against_float64(engine, dtype, dim):
+    torch.manual_seed(dim)
+    table = Table(torch.randn(23, dim).to(dtype))
+    oracle = Oracle(table.values()[0])
+    for i in range(100 if dtype.itemsize > 2 else 1):
+        rows = torch.randint(0, 20, (0 if i == 50 else 31,))  # rows 20 to 22 are never touched
+        grads = torch.randn(rows.numel(), dim).to(dtype)
+        step([table], [table.pending((rows, grads))])
+        oracle.step(rows, grads.double())
+    param, exp_avg, exp_avg_sq = table.values()
+    param_tolerance, moment_tolerance = TOLERANCE[dtype]
+    assert relative_error(exp_avg, oracle.exp_avg) <= moment_tolerance
+    assert relative_error(exp_avg_sq, oracle.exp_avg_sq) <= moment_tolerance
+    if param_tolerance is None:
+        assert within_one_ulp(param, oracle.param)
+    else:
+        assert relative_error(param, oracle.param) <= param_tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_rows_touched_is_torch_adamw(engine, dtype):
+    table = Table(torch.randn(11, 7, dtype=dtype))
+    weight = torch.nn.Parameter(table.values()[0])
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=1e-2)
+    for _ in range(100):
+        weight.grad = torch.randn_like(weight)
+        step([table], [table.pending((torch.arange(11), weight.grad))])
+        optimizer.step()
+    limit = 4e-6 if dtype == torch.float32 else 1e-12
+    state = optimizer.state[weight]
+    expected = [weight.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    for ours, theirs in zip(table.values(), expected, strict=True):
+        assert relative_error(ours, theirs.double().numpy()) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_untouched_rows_keep_every_bit(engine, dtype):
+    values = torch.randn(40, 3).to(dtype)
+    values[:, 0], values[30, 1], values[31, 1] = -0.0, torch.nan, torch.inf
+    table = Table(values)
+    step([table], [table.pending((torch.arange(40), torch.randn(40, 3).to(dtype)))])
+    before = table.values()
+    step([table], [table.pending(([4, 9, 4], torch.randn(3, 3).to(dtype)))])
+    untouched = [row for row in range(40) if row not in (4, 9)]
+    for old, new in zip(before, table.values(), strict=True):
+        assert torch.equal(bits(old[untouched]), bits(new[untouched]))
+        assert not torch.equal(old[[4, 9]], new[[4, 9]])
+
+
+def test_many_tables_in_one_step(engine):
+    """Other widths, dtypes, settings and counts of steps: each table is on its own."""
+    cases = [(30, 4, torch.float32), (1, 4, torch.float32), (9, 4, torch.float64)]
+    cases += [(50, 6, torch.float32), (7, 4, torch.float32)]
+    hypers = [
+        HYPER._replace(lr=10**-i, beta1=0.8 + 0.03 * i, weight_decay=0.1 * i) for i in range(5)
+    ]
+    tables, oracles = [], []
+    for (size, dim, dtype), hyper in zip(cases, hypers, strict=True):
+        tables.append(Table(torch.randn(size, dim, dtype=dtype), 3, hyper))
+        oracles.append(Oracle(tables[-1].values()[0], **hyper._asdict()))
+    for i in range(20):
+        chosen = [n for n in range(5) if (i + n) % 3]  # counts of steps drift apart
+        pending = []
+        for n in chosen:
+            size, dim, dtype = cases[n]
+            rows = torch.randint(0, size, (2 * n,))
+            pieces = [
+                (rows, torch.randn(2 * n, dim, dtype=dtype)),
+                (rows[:1], torch.ones(rows[:1].numel(), dim, dtype=dtype)),
+            ]
+            oracles[n].step(torch.cat([r for r, _ in pieces]), torch.cat([g for _, g in pieces]))
+            pending.append(tables[n].pending(*pieces))
+        step([tables[n] for n in chosen], pending)
+    for table, oracle, (_, _, dtype) in zip(tables, oracles, cases, strict=True):
+        limit = TOLERANCE[dtype][0]
+        for ours, exact in zip(
+            table.values(), (oracle.param, oracle.exp_avg, oracle.exp_avg_sq), strict=True
+        ):
+            if table is not tables[0]:  # table 0 never gets a gradient row
+                assert relative_error(ours, exact) <= limit
+    assert not tables[0].values()[1].any()
+
+
+@pytest.mark.parametrize("copies", [2, 9, 2048, 2049, 10_000])  # around the CPU engine's chunk
+def test_duplicates_are_summed(engine, copies):
+    """A row's duplicates, spread over a batch, equal one gradient that is their sum."""
+    torch.manual_seed(copies)
+    rows = torch.randint(0, 50, (3 * copies,))
+    rows[torch.randperm(3 * copies)[:copies]] = 50
+    grads = torch.randn(3 * copies, 6)
+    summed = torch.zeros(51, 6, dtype=torch.float64).index_add_(0, rows, grads.double()).float()
+    values = torch.randn(51, 6)
+    one, other = Table(values), Table(values)
+    step([one], [one.pending((rows, grads))])
+    touched = rows.unique()
+    step([other], [other.pending((touched, summed[touched]))])
+    for ours, theirs in zip(one.values()[1:], other.values()[1:], strict=True):
+        assert relative_error(ours, theirs.double().numpy()) <= 1e-6
+
+
+def test_a_rows_sum_depends_on_that_row_alone(engine):
+    """Other rows, row numbers, blocks, pieces, threads: a row's bits stay (SPEC §1)."""
+    copies = 5000
+    grads = torch.randn(copies, 3)
+    results = []
+    for case in range(6):
+        torch.manual_seed(case)
+        size, row = 100 + 37 * case, 11 * case
+        table = Table(torch.ones(size, 3), block_size=7 + case)
+        others = torch.randint(0, size, (case * 6000,))
+        others[others == row] = row + 1
+        is_ours = torch.zeros(copies + others.numel(), dtype=torch.bool)
+        is_ours[torch.randperm(is_ours.numel())[:copies]] = True
+        rows = torch.full(is_ours.shape, row)
+        rows[~is_ours] = others
+        values = torch.randn(is_ours.numel(), 3)
+        values[is_ours] = grads
+        cut = case * 1000 + 1
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 + case % 3)
+        try:
+            step([table], [table.pending((rows[:cut], values[:cut]), (rows[cut:], values[cut:]))])
+        finally:
+            torch.set_num_threads(threads)
+        results.append([x[row] for x in table.values()])
+    for result in results[1:]:
+        for first, other in zip(results[0], result, strict=True):
+            assert torch.equal(bits(first), bits(other))
+
+
+def test_a_hot_row_is_summed_accurately(engine):
+    """100,000 gradients of one row: float32 sums in order would be off by far more."""
+    grads = torch.randn(100_000, 2) + 0.1
+    table = Table(torch.ones(4, 2))
+    oracle = Oracle(torch.ones(4, 2))
+    rows = torch.full((100_000,), 2)
+    step([table], [table.pending((rows, grads))])
+    oracle.step([2], grads.double().sum(0, keepdim=True))
+    assert relative_error(table.values()[1], oracle.exp_avg) <= 1e-6
+    assert relative_error(table.values()[2], oracle.exp_avg_sq) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [[1, 2, 3], [3, 1, 3]])
+def test_strides_of_gradients(engine, dtype, rows):
+    """Expanded, transposed and sliced gradients: the same bits as a contiguous copy."""
+    base = torch.randn(12, 12).to(dtype)
+    views = [
+        base.t()[:3, :4],
+        base[::4, ::3],
+        base[0, 0].expand(3, 4),
+        base[:3, :1].expand(3, 4),
+        base[:1, :4].expand(3, 4),
+        base[2:5, 4:8],
+    ]
+    values = torch.randn(5, 4).to(dtype)
+    for grad in views:
+        strided, plain = Table(values), Table(values)
+        options = {"grad_scale": 1 / 3}  # a scale that rounds
+        step([strided], [strided.pending((rows, grad), **options)])
+        step([plain], [plain.pending((rows, grad.contiguous()), **options)])
+        for ours, theirs in zip(strided.values(), plain.values(), strict=True):
+            assert torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize(("scale", "mean"), [(1.0, True), (1 / 3, False), (0.5, True)])
+def test_scale_and_mean(engine, scale, mean):
+    table = Table(torch.randn(6, 3, dtype=torch.float64))
+    oracle = Oracle(table.values()[0])
+    rows, grads = [4, 2, 4, 4], torch.randn(4, 3, dtype=torch.float64)
+    pending = table.pending((rows, grads), grad_scale=scale, mean=mean)
+    step([table], [pending])
+    oracle.step(rows, grads, scale, mean)
+    for ours, exact in zip(
+        table.values(), (oracle.param, oracle.exp_avg, oracle.exp_avg_sq), strict=True
+    ):
+        assert relative_error(ours, exact) <= 1e-14
+
+    touched, values = functional.coalesce(pending)
+    assert touched.tolist() == [2, 4]
+    expected = torch.stack([grads[1], grads[[0, 2, 3]].sum(0)]) * scale
+    if mean:
+        expected /= torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    torch.testing.assert_close(values, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_coalesce(engine, dtype):
+    torch.manual_seed(0)
+    rows = torch.randint(0, 1000, (70_000,))
+    rows[::7] = 5  # a run of more than one chunk
+    grads = torch.randint(-8, 9, (70_000, 3)).to(dtype)  # integers: every order has the same sum
+    table = Table(torch.zeros(1000, 3).to(dtype), 64)
+    touched, values = functional.coalesce(table.pending((rows, grads)))
+    expected = torch.zeros(1000, 3, dtype=torch.float64).index_add_(0, rows, grads.double())
+    assert torch.equal(touched, rows.unique())
+    assert values.dtype == dtype
+    assert torch.equal(values, expected[touched].to(dtype))
+
+
+def test_missing_rows_are_dropped(engine):
+    table = Table(torch.randn(6, 2))
+    grads = torch.randn(4, 2)
+    other = Table(table.values()[0])
+    step([table], [table.pending(([MISSING, 3, MISSING, 5], grads), drop_missing=True)])
+    step([other], [other.pending(([3, 5], grads[[1, 3]]))])
+    for ours, theirs in zip(table.values(), other.values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    rows, _ = functional.coalesce(table.pending(([MISSING], grads[:1]), drop_missing=True))
+    assert rows.numel() == 0
+
+
+@pytest.mark.parametrize("row", [-1, -5, 6, 2**40, -(2**63), 2**63 - 1])
+def test_row_out_of_range(engine, row):
+    """The IndexError names table and row, and comes before anything is written."""
+    good, bad = Table(torch.randn(6, 2)), Table(torch.randn(6, 2))
+    before = good.values() + bad.values()
+    pending = [
+        good.pending(([1], torch.ones(1, 2)), name="good"),
+        bad.pending(([1, row], torch.ones(2, 2)), name="bad"),
+    ]
+    with pytest.raises(IndexError, match=rf"table 'bad'.*row {row}\b.*has 6 rows"):
+        step([good, bad], pending)
+    for old, new in zip(before, good.values() + bad.values(), strict=True):
+        assert torch.equal(bits(old), bits(new))
+
+
+def test_empty_gradients(engine):
+    table = Table(torch.randn(3, 2))
+    before = table.values()
+    step([table], [table.pending((torch.empty(0, dtype=torch.int64), torch.empty(0, 2)))])
+    for old, new in zip(before, table.values(), strict=True):
+        assert torch.equal(bits(old), bits(new))
+
+
+def test_small_epsilon_works_in_fp16(engine):
+    """eps = 1e-8 is 0 in fp16; in an fp32 update a zero gradient must not divide 0 by 0."""
+    table = Table(torch.ones(2, 3, dtype=torch.float16))
+    step([table], [table.pending(([0], torch.zeros(1, 3, dtype=torch.float16)))])
+    assert torch.isfinite(table.values()[0]).all()
+
+
+def test_engines_agree_on_a_large_step():
+    """Every digit of the sort and both threads at work: 40,000 gradients in 3 million rows."""
+    torch.manual_seed(1)
+    size, count, dim = 3_000_000, 40_000, 2
+    rows = torch.randint(0, size, (count,))
+    rows[: count // 4] = torch.randint(0, 10, (count // 4,))
+    grads = torch.randn(count, dim)
+    results = {}
+    for name in ENGINES:
+        with functional.use_engine(name):
+            table = Table(torch.ones(size, dim), block_size=1 << 20)
+            step([table], [table.pending((rows, grads))])
+            results[name] = table.values()
+    for ours, exact in zip(results["cpu"], results["reference"], strict=True):
+        assert relative_error(ours, np.asarray(exact.double())) <= 1e-6
+
+
+def test_too_many_rows_for_a_sort_key():
+    with functional.use_engine("cpu"):
+        table = Table(torch.zeros(4, 1))
+        pending = table.pending(([0] * 4, torch.zeros(4, 1)))
+        pending.num_rows = 2**62
+        with pytest.raises(OverflowError, match="4611686018427387904 rows and 4 gradient rows"):
+            functional.segment([pending])
