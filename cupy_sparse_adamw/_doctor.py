@@ -1,0 +1,249 @@
+"""What ``python -m cupy_sparse_adamw`` asks of an engine: are its results right, how fast is it.
+
+Everything goes through ``functional`` on small slots of its own; no state outlives a call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from . import functional
+from ._types import (
+    MISSING,
+    MOMENT_DTYPE,
+    Distribution,
+    DistributionKind,
+    Hyperparams,
+    Pending,
+    PendingGrad,
+    Slot,
+    Update,
+)
+
+#: A rate and a decay whose effect a 16-bit table can show, and an eps that underflows in float16.
+HYPER = Hyperparams(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+
+#: Largest max|x - x64| / max|x64| of (weights, moments): SPEC §1. 16-bit weights must instead lie
+#: within one unit in the last place of the float64 result.
+TOLERANCE = {
+    torch.float32: (2e-6, 1e-6),
+    torch.float64: (1e-12, 1e-12),
+    torch.float16: (None, 1e-6),
+    torch.bfloat16: (None, 1e-6),
+}
+
+
+class Case(NamedTuple):
+    """One update: a table's values [R, D] before it, and gradients ``grad`` [N, D] of ``rows``."""
+
+    param: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    rows: torch.Tensor
+    grad: torch.Tensor
+    step: int = 3
+
+
+class Size(NamedTuple):
+    """What the speed is measured on: a table [rows, dim], ``ids`` gradient rows a step."""
+
+    rows: int
+    ids: int
+    dim: int
+
+
+class Speed(NamedTuple):
+    """Per second, medians: rows touched and bytes moved by steps of ``ids``; bytes copied."""
+
+    ids: int
+    rows: float
+    step_bytes: float
+    copy_bytes: float
+
+
+def check(engine: str) -> list[str]:
+    """What is wrong with an engine's results, one phrase each; nothing if they are right."""
+    updates = [problem for dtype in TOLERANCE for problem in check_update(engine, dtype)]
+    return updates + check_index(engine) + check_initial_rows(engine)
+
+
+def check_update(engine: str, dtype: torch.dtype) -> list[str]:
+    """Compare one update with float64: with the reference, and that with torch.optim.AdamW."""
+    draw = torch.Generator().manual_seed(0)
+    shape, moment_dtype = (50, 33), MOMENT_DTYPE[dtype]  # 33: whole vectors and a tail
+    rows = torch.randint(0, 45, (5000,), generator=draw)  # rows 45 to 49 get no gradient
+    rows[::2] = 7  # so long that an engine splits it
+    case = Case(
+        torch.randn(shape, generator=draw).to(dtype),
+        torch.randn(shape, generator=draw).to(moment_dtype),
+        torch.rand(shape, generator=draw).to(moment_dtype),
+        rows,
+        torch.randn(5000, 33, generator=draw).to(dtype),
+    )
+    for row, scale in ((3, 0.0), (4, 1e-7)):  # here eps decides
+        case.exp_avg[row] = case.exp_avg_sq[row] = 0.0
+        case.grad[rows == row] *= scale
+    wide = case._replace(
+        param=case.param.double(),
+        exp_avg=case.exp_avg.double(),
+        exp_avg_sq=case.exp_avg_sq.double(),
+        grad=case.grad.double(),
+    )
+    exact = torch_adamw(wide) if engine == "reference" else updated("reference", wide)
+    limit, moment_limit = TOLERANCE[dtype]
+    limits = {"weights": limit, "exp_avg": moment_limit, "exp_avg_sq": moment_limit}
+    problems = []
+    for name, before, x, x64 in zip(limits, case[:3], updated(engine, case), exact, strict=True):
+        where = f"{name} of a {str(dtype).removeprefix('torch.')} table"
+        if not torch.equal(x[45:], before[45:]):
+            problems.append(f"{where} change where there is no gradient")
+        error, allowed = float((x - x64).abs().max() / x64.abs().max()), limits[name]
+        if allowed is None:
+            if not within_one_ulp(x, x64):
+                problems.append(f"{where} are more than one unit in the last place off")
+        elif not error <= allowed:  # NaN too
+            problems.append(f"{where} are off by {error:.1e}, allowed is {allowed:.0e}")
+    return problems
+
+
+def within_one_ulp(x: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Each element is the exact value rounded to its dtype, or a neighbour of that."""
+    rounded, infinity = exact.to(x.dtype), torch.full_like(x, torch.inf)
+    below, above = torch.nextafter(rounded, -infinity), torch.nextafter(rounded, infinity)
+    return bool(((x >= below) & (x <= above)).all())
+
+
+def updated(engine: str, case: Case) -> list[torch.Tensor]:
+    """Weights and moments [R, D] after one update by an engine, on the CPU."""
+    device, size = device_of(engine), case.param.shape[0]
+    every_row = torch.arange(size, device=device)
+    slots = []
+    with functional.use_engine(engine):
+        for values in case[:3]:
+            slot = Slot("doctor", values.shape[1], 16, values.dtype, device)
+            slot.reserve(1)  # the first block apart from the others
+            slot.reserve(size)
+            functional.scatter_(slot, every_row, values.to(device))
+            slots.append(slot)
+        step(slots, case.rows.to(device), case.grad.to(device), size, case.step)
+        return [functional.gather(slot, every_row).cpu() for slot in slots]
+
+
+def step(slots: list[Slot], rows: torch.Tensor, grad: torch.Tensor, size: int, t: int) -> None:
+    """Step ``t`` of a table of ``size`` rows, on the engine in use."""
+    param, exp_avg, exp_avg_sq = slots
+    pending = Pending("doctor", param, size, [PendingGrad(rows, grad)])
+    segments = functional.segment([pending])
+    functional.sparse_adamw_([Update(pending, exp_avg, exp_avg_sq, t, HYPER)], segments)
+
+
+def torch_adamw(case: Case) -> list[torch.Tensor]:
+    """The same update by torch.optim.AdamW, which gets the touched rows alone."""
+    result = [values.clone() for values in case[:3]]
+    touched = case.rows.unique()
+    param, exp_avg, exp_avg_sq = (values[touched] for values in result)
+    weight = torch.nn.Parameter(param)
+    weight.grad = torch.zeros_like(case.param).index_add(0, case.rows, case.grad)[touched]
+    lr, beta1, beta2, eps, weight_decay = HYPER
+    optimizer = torch.optim.AdamW([weight], lr, (beta1, beta2), eps, weight_decay)
+    state = {"step": torch.tensor(case.step - 1.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    optimizer.state[weight] = state
+    optimizer.step()
+    for values, after in zip(result, (weight.detach(), exp_avg, exp_avg_sq), strict=True):
+        values[touched] = after
+    return result
+
+
+def check_index(engine: str) -> list[str]:
+    """Insert ids, some twice, into a hash table and find them; compare with a dict."""
+    device = device_of(engine)
+    ids = 2 * torch.randint(-300, 300, (1000,), generator=torch.Generator().manual_seed(0))
+    ids[:4] = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
+    known: dict[int, int] = {}
+    expected = [known.setdefault(id_, len(known)) for id_ in ids.tolist()]
+    absent = [1, 3, 5]
+    entries = torch.full((2048, 2), MISSING, device=device)
+    places = torch.arange(len(expected), device=device)
+    with functional.use_engine(engine):
+        rows, new_ids = functional.insert_(entries, ids.to(device), places)
+        found = functional.find(entries, torch.cat([ids, torch.tensor(absent)]).to(device))
+    problems = []
+    if rows.tolist() != expected or new_ids.tolist() != list(known):
+        problems.append("the hash table gives ids other rows")
+    if found.tolist() != expected + [MISSING] * len(absent):
+        problems.append("the hash table does not find what it holds")
+    return problems
+
+
+def check_initial_rows(engine: str) -> list[str]:
+    """Draw rows of new ids; compare with the reference, and a row with itself drawn alone."""
+    ids = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), *range(100, 150)])
+    rows, problems = initial_rows(engine, ids), []
+    if not (rows - initial_rows("reference", ids)).abs().max() <= 1e-6 * (0.5 + 2.0):  # mean + std
+        problems.append("initial rows differ from the reference's")
+    if not torch.equal(rows[3:4], initial_rows(engine, ids[3:4])):
+        problems.append("an initial row depends on the ids beside it")
+    return problems
+
+
+def initial_rows(engine: str, ids: torch.Tensor) -> torch.Tensor:
+    """Rows [n, 33] drawn for ids [n] from a normal distribution, on the CPU."""
+    device = device_of(engine)
+    slot = Slot("doctor", 33, 16, torch.float32, device)
+    slot.reserve(ids.numel())
+    rows = torch.arange(ids.numel(), device=device)
+    normal = Distribution(DistributionKind.NORMAL, loc=0.5, scale=2.0)
+    with functional.use_engine(engine):
+        functional.init_rows_(slot, rows, ids.to(device), 2026, normal)
+        return functional.gather(slot, rows).cpu()
+
+
+def measure(engine: str, size: Size) -> Speed:
+    """Time steps of a float32 table and plain copies in turn, for about 1.5 seconds.
+
+    A step of N gradient rows of width D that touches U rows reads each gradient (4 N D bytes) and
+    its row number (8 N), and reads and writes weights and moments (24 U D). A copy of half the
+    weights (128 MB) also sees to it that no step finds its rows in a cache.
+    """
+    device = device_of(engine)
+    slots = [
+        Slot.over(name, torch.full((size.rows, size.dim), 0.01, device=device))
+        for name in ("weights", "exp_avg", "exp_avg_sq")
+    ]
+    grad = torch.full((size.ids, size.dim), 0.01, device=device)
+    source = slots[0].value()[: size.rows // 2]
+    target = torch.empty_like(source)
+    rates: list[tuple[float, float, float]] = []
+    begin = time.perf_counter()
+    with functional.use_engine(engine):
+        # The first round is not counted.
+        while len(rates) < 3 or (len(rates) < 50 and time.perf_counter() - begin < 1.5):
+            rows = torch.randint(size.rows, (size.ids,), device=device)
+            touched = rows.unique().numel()
+            copying = seconds(partial(target.copy_, source))
+            stepping = seconds(partial(step, slots, rows, grad, size.rows, len(rates) + 1))
+            moved = 24 * touched * size.dim + 4 * size.ids * size.dim + 8 * size.ids
+            rates.append((touched / stepping, moved / stepping, 2 * source.nbytes / copying))
+    return Speed(size.ids, *(statistics.median(rate) for rate in zip(*rates[1:], strict=True)))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, the GPU's part of it included."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def device_of(engine: str) -> torch.device:
+    """Where an engine's tables lie."""
+    return torch.device("cuda" if engine == "cuda" else "cpu")
