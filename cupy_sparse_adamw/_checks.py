@@ -26,7 +26,7 @@ def require_number(
 ) -> float:
     """``value`` as a finite float in [low, high], or [low, high) if ``below_high``."""
     try:
-        if isinstance(value, str):  # YAML reads 1e-3 as one
+        if isinstance(value, (str, bool)):  # YAML reads 1e-3 as a string
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -191,3 +192,24 @@ class Distribution(NamedTuple):
     scale: float = 0.0
     low: float = 0.0
     high: float = 0.0
+
+    def limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Least and greatest element: the values of ``dtype`` in the interval, if it holds any."""
+        low, high = self.low, self.high
+        if self.kind == DistributionKind.CONSTANT:
+            low = high = self.loc
+        elif self.kind == DistributionKind.NORMAL:
+            low, high = -math.inf, math.inf
+        largest = torch.finfo(dtype).max
+        bounds = torch.tensor([low, high], dtype=torch.float64, device="cpu")
+        low, high = bounds.clamp_(-largest, largest).tolist()
+        least, greatest = nearest, _ = bounds.to(dtype)
+        infinity = torch.full_like(least, math.inf)
+        if least.item() < low:
+            least = torch.nextafter(least, infinity)
+        open_above = self.kind == DistributionKind.UNIFORM
+        if greatest.item() > high or (open_above and greatest.item() == high):
+            greatest = torch.nextafter(greatest, -infinity)
+        if least > greatest:
+            least = greatest = nearest
+        return least.item(), greatest.item()

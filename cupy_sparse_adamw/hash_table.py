@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _checks, functional
-from ._types import MISSING, Pending, PendingGrad, Slot
-from .initializers import ConstantInitializer, Initializer
+from ._types import MISSING, Pending, Slot
+from .initializers import ConstantInitializer, Initializer, require_fits
+from .lookup_grads import LookupGrad, LookupGrads
 from .row_store import EXP_AVG, EXP_AVG_SQ, RowStore
 from .tables import Table, dtype_name, require_moments
 
@@ -27,22 +27,6 @@ class AdmitHook:
         if name != "ReadOnly":
             raise ValueError(f"admit hook must be 'ReadOnly', got {name!r}")
         self.name = name
-
-
-@dataclasses.dataclass
-class _PendingEntry:
-    rows: torch.Tensor  # [N] int64
-    grad: torch.Tensor  # [N, D]
-    version: int
-    ids_by_row: Slot  # the id of each row when the lookup was made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copied tensor counts versions anew: keep whether it was changed, not the count.
-        return {**self.__dict__, "version": self.version - self.grad._version}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.version += self.grad._version
 
 
 class _Lookup(torch.autograd.Function):
@@ -150,15 +134,17 @@ class HashTable(torch.nn.Module, Table):
 
         self._initializer = initializer
         self._fan = (self._dim, self.block_size)
+        distribution = initializer.distribution(*self._fan)
+        require_fits(distribution, dtype)
         self._store = RowStore(
             self._dim,
             self.block_size,
             dtype,
             device,
             seed=initializer.draw_seed(),
-            distribution=initializer.distribution(*self._fan),
+            distribution=distribution,
         )
-        self._pending: list[_PendingEntry] = []
+        self._grads = LookupGrads(self._store)
         self._trainable = True
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
 
@@ -183,6 +169,11 @@ class HashTable(torch.nn.Module, Table):
 
     def __bool__(self) -> bool:
         return True  # an empty table is a table
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held for rows, moments and the index, used or not."""
+        return self._store.nbytes()
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -285,22 +276,26 @@ class HashTable(torch.nn.Module, Table):
         self._accept(rows, grad, self._store.ids_by_row)
 
     def _accept(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
-        grad = _checks.require_rows_of(
-            self._label, "grad", grad, rows.numel(), self.embedding_shape, self.device
-        ).detach()
-        allowed = (self.dtype,) if self.dtype.itemsize > 2 else (self.dtype, torch.float32)
-        _checks.require_dtype(self._label, "grad", grad, allowed)
+        grad = self._require_grad(self._label, "grad", grad, rows).detach()
         if self.copy_grads:
             grad = grad.clone(memory_format=torch.contiguous_format)
-        self._pending.append(_PendingEntry(rows, grad, grad._version, ids_by_row))
+        self._grads.append(rows, grad, ids_by_row)
+
+    def _require_grad(self, name: str, what: str, grad: Any, rows: torch.Tensor) -> torch.Tensor:
+        """Gradients [N, D] for rows [N], of a dtype that the table takes."""
+        grad = _checks.require_rows_of(
+            name, what, grad, rows.numel(), self.embedding_shape, self.device
+        )
+        allowed = (self.dtype,) if self.dtype.itemsize > 2 else (self.dtype, torch.float32)
+        return _checks.require_dtype(name, what, grad, allowed)
 
     def clear_grad(self) -> None:
         """Drop the gradients."""
-        self._pending.clear()
+        self._grads.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as ``clear_grad``."""
-        self._pending.clear()
+        self._grads.clear()
 
     def grad(self, acc_step: int = 1) -> torch.Tensor:
         """The gradients reduced by row and divided by ``acc_step``.
@@ -329,33 +324,15 @@ class HashTable(torch.nn.Module, Table):
             check_invariants=False,
         )
 
-    def _rows_now(self, entry: _PendingEntry) -> torch.Tensor:
-        """The rows [N] that a lookup's ids have now: after clear or load, not those it had then."""
-        if entry.ids_by_row is self._store.ids_by_row:
-            return entry.rows
-        ids = functional.gather(entry.ids_by_row, entry.rows).flatten()
-        rows = self._store.find(ids)
-        return torch.where(entry.rows == MISSING, MISSING, rows)
-
     def pending(self, name: str) -> Pending | None:
         """The gradients of this step; see ``Table.pending``."""
-        if not self._pending:
+        if not self._grads:
             return None
-        pieces = []
-        for entry in self._pending:
-            if entry.grad._version != entry.version:
-                raise RuntimeError(
-                    f"table {name!r}: a gradient was changed in place after backward handed it to "
-                    f"the table; create the table with copy_grads=True"
-                )
-            pieces.append(PendingGrad(self._rows_now(entry), entry.grad))
-        if len({piece.grad.dtype for piece in pieces}) > 1:  # a 16-bit table, some given as float32
-            pieces = [PendingGrad(rows, grad.float()) for rows, grad in pieces]
         return Pending(
             name,
             self._store.embedding,
             self._store.num_rows,
-            pieces,
+            self._grads.pieces(name),
             drop_missing=True,
             grad_scale=1.0 / self._world_size if self.grad_reduce_by == "worker" else 1.0,
             mean=self.grad_reduce_by == "id",
@@ -363,7 +340,7 @@ class HashTable(torch.nn.Module, Table):
 
     def clear_pending(self, set_to_none: bool = True) -> None:
         """Drop the gradients; see ``Table.clear_pending``."""
-        self._pending.clear()
+        self._grads.clear()
 
     # ------------------------------------------------------------------ contents
 
@@ -448,15 +425,12 @@ class HashTable(torch.nn.Module, Table):
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         dtype = _checks.require_table_dtype(self._label, probe.dtype)
         device = _require_device(probe.device)
+        require_fits(self._store.distribution, dtype)
         if dtype == self.dtype and device == self.device:
             return self
         before = self._store.ids_by_row
         self._store.move(device, dtype)
-        for entry in self._pending:
-            entry.rows, entry.grad = entry.rows.to(device), fn(entry.grad)
-            entry.version = entry.grad._version
-            if entry.ids_by_row is before:
-                entry.ids_by_row = self._store.ids_by_row
+        self._grads.follow_move(fn, before, device)
         return self
 
     # ------------------------------------------------------------------ for the optimizer
@@ -525,33 +499,23 @@ class HashTable(torch.nn.Module, Table):
 
     def export_pending(self, name: str) -> list[dict[str, Any]]:
         """Gradients by id; those whose id is gone are left out."""
-        pending = self.pending(name)
-        saved = []
-        for rows, grad in pending.pieces if pending is not None else []:
-            kept = rows != MISSING
-            ids = functional.gather(self._store.ids_by_row, rows[kept]).flatten()
-            saved.append({"ids": ids, "grad": grad[kept]})
-        return saved
+        return [{"ids": ids, "grad": grad} for ids, grad in self._grads.by_id(name)]
 
     def build_pending(self, name: str, saved: list[dict[str, Any]]) -> Any:
         """Gradients of the saved ids' rows; see ``Table.build_pending``."""
-        entries = []
+        grads = []
         for piece in saved:
             rows = self._rows_of_saved(name, "gradients", piece.get("ids"))
             if "grad" not in piece:
                 raise ValueError(f"table {name!r}: a saved gradient has no 'grad'")
             grad = piece["grad"].to(self.device, copy=True)
-            _checks.require_rows_of(
-                name, "its saved gradient", grad, rows.numel(), self.embedding_shape, self.device
-            )
-            allowed = (self.dtype,) if self.dtype.itemsize > 2 else (self.dtype, torch.float32)
-            _checks.require_dtype(name, "its saved gradient", grad, allowed)
-            entries.append(_PendingEntry(rows, grad, grad._version, self._store.ids_by_row))
-        return entries
+            grad = self._require_grad(name, "its saved gradient", grad, rows)
+            grads.append(LookupGrad(rows, grad, self._store.ids_by_row))
+        return grads
 
     def install_pending(self, built: Any) -> None:
         """Replace the gradients."""
-        self._pending = list(built or [])
+        self._grads.replace(built or [])
 
 
 def _world_size() -> int:

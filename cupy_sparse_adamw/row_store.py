@@ -68,6 +68,11 @@ class RowStore:
         """The rows in use, [n] int64, ascending."""
         return torch.arange(self.num_rows, device=self.embedding.device)
 
+    def nbytes(self) -> int:
+        """Bytes of memory held, used or not."""
+        slots = (self.ids_by_row, *self.slots.values())
+        return self._entries.nbytes + sum(slot.nbytes() for slot in slots)
+
     # ------------------------------------------------------------------ find and insert
 
     def find(self, ids: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def snapshot(optimizer, tables):
         if isinstance(table, HashTable):
             values = {"ids": table.ids(), "weight": table.embeddings()}
             moments = [x.value() for key, x in table._store.slots.items() if key != "embedding"]
-            grads = [x for entry in table._pending for x in (entry.rows, entry.grad)]
+            grads = [x for entry in table._grads._grads for x in (entry.rows, entry.grad)]
         else:
             values = {"weight": table.weight}
             moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
@@ -132,7 +132,11 @@ EARLY = {  # what spoils the second table's gradients, error, text
     "shape": (put("data", lambda w: w[:3]), ValueError, r"\[3, 4\], got shape \[6, 4\]"),
     "dtype": (put("data", lambda w: w.double()), TypeError, WIDER),
     "strides": (put("data", lambda w: w.t().contiguous().t()), ValueError, "'second'.*contiguous"),
-    "changed": (lambda t: t._pending[-1].grad.mul_(2), RuntimeError, "'second'.*copy_grads=True"),
+    "changed": (
+        lambda t: t._grads._grads[-1].grad.mul_(2),
+        RuntimeError,
+        "'second'.*copy_grads=True",
+    ),
 }
 DUE = {  # found when the update is due
     "converted": (lambda t: t.double(), RuntimeError, "'second'.*float64.*new optimizer"),

@@ -283,7 +283,7 @@ def test_gradients_are_kept_by_reference():
     out = table(torch.arange(4))
     grad = torch.randn(4, 3)
     out.backward(grad)
-    assert table._pending[0].grad.data_ptr() == grad.data_ptr()
+    assert table._grads._grads[0].grad.data_ptr() == grad.data_ptr()
 
 
 def test_copy_grads_allows_in_place_changes():
@@ -297,7 +297,7 @@ def test_copy_grads_allows_in_place_changes():
 def test_expanded_gradients_are_not_materialized():
     table = HashTable([3])
     table(torch.arange(4)).sum().backward()
-    assert table._pending[0].grad.stride() == (0, 0)
+    assert table._grads._grads[0].grad.stride() == (0, 0)
     assert table.grad().values().sum() == 12
 
 

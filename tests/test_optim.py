@@ -161,7 +161,7 @@ def test_takeover(make):
     assert second.state_dict()["state"] == {}
     train(second, case, steps=2)
     case.backward()
-    for attempt in (first.step, lambda: first.load_state_dict(saved)):
+    for attempt in (first.step, first.state_dict, lambda: first.load_state_dict(saved)):
         with pytest.raises(RuntimeError, match="'table' now belongs to another optimizer"):
             attempt()
         case.check(second)

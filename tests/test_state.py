@@ -276,7 +276,7 @@ def test_pending_gradients_come_back_as_they_were(coalesced):
     assert restored.is_coalesced() == coalesced
     assert torch.equal(restored._indices(), grad._indices())
     assert torch.equal(bits(restored._values()), bits(grad._values()))
-    for values in (restored._values(), *(entry.grad for entry in table._pending)):
+    for values in (restored._values(), *(entry.grad for entry in table._grads._grads)):
         values.zero_()  # as a clipping of gradients may do
     assert differences(state, original) == []
 

@@ -77,27 +77,6 @@ def quantile(distribution: Distribution, u: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _limits(distribution: Distribution, dtype: torch.dtype) -> tuple[float, float]:
-    """Least and greatest element: the values of ``dtype`` in the interval, if it holds any."""
-    kind, loc, _, low, high = distribution
-    if kind == DistributionKind.CONSTANT:
-        low = high = loc
-    elif kind == DistributionKind.NORMAL:
-        low, high = -math.inf, math.inf
-    largest = torch.finfo(dtype).max
-    bounds = torch.tensor([low, high], dtype=torch.float64, device="cpu").clamp(-largest, largest)
-    low, high = bounds.tolist()
-    nearest = least, greatest = bounds.to(dtype)
-    infinity = torch.full_like(least, math.inf)
-    if least.item() < low:
-        least = torch.nextafter(least, infinity)
-    if greatest.item() > high or (kind == DistributionKind.UNIFORM and greatest.item() == high):
-        greatest = torch.nextafter(greatest, -infinity)
-    if least > greatest:
-        least = greatest = nearest[0]
-    return least.item(), greatest.item()
-
-
 @torch.no_grad()
 def init_rows_(
     slot: Slot, rows: torch.Tensor, ids: torch.Tensor, seed: int, distribution: Distribution
@@ -115,7 +94,7 @@ def init_rows_(
         distribution: what each element is drawn from.
     """
     values = quantile(distribution, uniforms(ids, slot.dim, seed))
-    values = values.clamp(*_limits(distribution, slot.dtype))
+    values = values.clamp(*distribution.limits(slot.dtype))
     if slot.dtype != torch.float64:
         values = values.float()
     values = values.to(slot.dtype)

@@ -15,4 +15,7 @@ def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         tensor: on the CPU, contiguous, of a dtype that NumPy has. Kernels take rows of other
             dtypes (bfloat16) by address.
     """
-    return np.from_dlpack(tensor)
+    array = np.from_dlpack(tensor)
+    if not array.flags.writeable:  # an older torch cannot say that its memory may be written
+        array = tensor.numpy()
+    return array

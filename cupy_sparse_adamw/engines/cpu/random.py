@@ -28,6 +28,7 @@ import torch
 
 from ..._types import Distribution, DistributionKind, Slot
 from ._compile import TAGS, jit, row_address, store, view
+from ._interop import array_of
 from ._threads import parallel_for
 
 #: Elements a thread takes at the least: some 50 microseconds of work.
@@ -224,32 +225,11 @@ def _fill_rows(  # type: ignore[no-untyped-def]
     return 0
 
 
-def _limits(distribution: Distribution, dtype: torch.dtype) -> tuple[float, float]:
-    """Least and greatest element: the values of ``dtype`` in the interval, if it holds any."""
-    kind, loc, _, low, high = distribution
-    if kind == DistributionKind.CONSTANT:
-        low = high = loc
-    elif kind == DistributionKind.NORMAL:
-        low, high = -math.inf, math.inf
-    largest = torch.finfo(dtype).max
-    bounds = torch.tensor([low, high], dtype=torch.float64, device="cpu").clamp(-largest, largest)
-    low, high = bounds.tolist()
-    nearest = least, greatest = bounds.to(dtype)
-    infinity = torch.full_like(least, math.inf)
-    if least.item() < low:
-        least = torch.nextafter(least, infinity)
-    if greatest.item() > high or (kind == DistributionKind.UNIFORM and greatest.item() == high):
-        greatest = torch.nextafter(greatest, -infinity)
-    if least > greatest:
-        least = greatest = nearest[0]
-    return least.item(), greatest.item()
-
-
 @functools.lru_cache(maxsize=256)  # a lookup may bring a single new row
 def _plan(distribution: Distribution, dtype: torch.dtype) -> _Plan:
     kind, *numbers = distribution
     loc, scale, low, high = map(float, numbers)  # an int would compile another kernel
-    limits = _limits(distribution, dtype)
+    limits = distribution.limits(dtype)
     if kind == DistributionKind.CONSTANT:
         return _Plan(False, loc, 0.0, 0.0, 1.0, *limits)
     if kind == DistributionKind.UNIFORM:
@@ -282,8 +262,8 @@ def init_rows_(
         slot.addresses(),
         slot.block_size(),
         slot.dim,
-        rows.contiguous().numpy(),
-        ids.contiguous().numpy(),
+        array_of(rows),
+        array_of(ids),
         seed,
         _plan(distribution, slot.dtype),
         slot.dtype.itemsize,

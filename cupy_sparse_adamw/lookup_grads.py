@@ -1,0 +1,113 @@
+"""The gradients that backward has left on a HashTable, neither reduced nor copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import functional
+from ._types import MISSING, PendingGrad, Slot
+from .row_store import RowStore
+
+
+@dataclasses.dataclass
+class LookupGrad:
+    """What one backward through one lookup left.
+
+    Attributes:
+        rows: [N] int64, as they were numbered when the lookup was made.
+        grad: [N, D].
+        ids_by_row: the store's slot of that name at that time: which id each row meant.
+        version: how often ``grad`` had been written to when it was handed over.
+    """
+
+    rows: torch.Tensor
+    grad: torch.Tensor
+    ids_by_row: Slot
+    version: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.version = self.grad._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied tensor counts versions anew: keep whether it was changed, not the count.
+        return {**self.__dict__, "version": self.version - self.grad._version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.version += self.grad._version
+
+
+class LookupGrads:
+    """All that has been left since the last ``clear``, in order.
+
+    Rows may be renumbered meanwhile (clear, load): gradients find their rows again by id, and
+    those whose id is gone are dropped.
+    """
+
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
+        self._grads: list[LookupGrad] = []
+
+    def __len__(self) -> int:
+        return len(self._grads)
+
+    def append(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
+        """Keep (rows [N], grad [N, D]) by reference; ``ids_by_row`` says which ids rows mean."""
+        self._grads.append(LookupGrad(rows, grad, ids_by_row))
+
+    def clear(self) -> None:
+        """Drop them all."""
+        self._grads.clear()
+
+    def replace(self, grads: Sequence[LookupGrad]) -> None:
+        """Keep these instead."""
+        self._grads = list(grads)
+
+    def pieces(self, name: str) -> list[PendingGrad]:
+        """Rows as they are numbered now, ``MISSING`` where the id is gone, and gradients.
+
+        Raises:
+            RuntimeError: a gradient was changed since backward; the text names the table.
+        """
+        for left in self._grads:
+            if left.grad._version != left.version:
+                raise RuntimeError(
+                    f"table {name!r}: a gradient was changed in place after backward handed it to "
+                    f"the table; create the table with copy_grads=True"
+                )
+        pieces = [PendingGrad(self._rows_now(left), left.grad) for left in self._grads]
+        if len({piece.grad.dtype for piece in pieces}) > 1:  # a 16-bit table, some given as float32
+            pieces = [PendingGrad(rows, grad.float()) for rows, grad in pieces]
+        return pieces
+
+    def _rows_now(self, left: LookupGrad) -> torch.Tensor:
+        if left.ids_by_row is self._store.ids_by_row:
+            return left.rows
+        ids = functional.gather(left.ids_by_row, left.rows).flatten()
+        return torch.where(left.rows == MISSING, MISSING, self._store.find(ids))
+
+    def by_id(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(ids [n] int64, gradients [n, D]) of each piece, without those whose id is gone."""
+        result = []
+        for rows, grad in self.pieces(name):
+            kept = rows != MISSING
+            ids = functional.gather(self._store.ids_by_row, rows[kept]).flatten()
+            result.append((ids, grad[kept]))
+        return result
+
+    def follow_move(
+        self, convert: Callable[[torch.Tensor], torch.Tensor], before: Slot, device: torch.device
+    ) -> None:
+        """Move or convert gradients as the store was; ``before`` was its ``ids_by_row``."""
+        self._grads = [
+            LookupGrad(
+                left.rows.to(device),
+                convert(left.grad),
+                self._store.ids_by_row if left.ids_by_row is before else left.ids_by_row,
+            )
+            for left in self._grads
+        ]
