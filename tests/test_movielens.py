@@ -76,13 +76,16 @@ def test_the_runs_start_alike_but_for_the_tables():
 
 
 @pytest.mark.parametrize("run", model.RUNS)
-def test_table_bytes_are_those_of_weights_and_moments(run):
+def test_table_bytes_are_those_that_are_held(run):
     net, tables, _ = build(run, {"user": 8, "film": 4})
-    assert model.table_bytes(net, tables) == (0 if run == "sparse_adamw" else 12 * 3 * 4)
+    index = 2 * 64 * 16 if run == "sparse_adamw" else 0  # two tables of 64 entries (id, row)
+    assert model.table_bytes(net, tables) == (index or 12 * 3 * 4)
     net({name: (torch.arange(3), None) for name in ("user", "film")}).sum().backward()
     tables.step()
-    rows = 6 if run == "sparse_adamw" else 12
-    assert model.table_bytes(net, tables) == rows * 3 * 4 * 3  # rows, D + 1, bytes, tensors
+    # A HashTable holds a block of rows of each slot, and those rows' ids.
+    rows, ids = (2 * model.BLOCK_SIZE, 8) if run == "sparse_adamw" else (12, 0)
+    expected = index + rows * (3 * 4 * 3 + ids)  # D + 1 columns, bytes, weights and moments
+    assert model.table_bytes(net, tables) == expected
 
 
 # ---- the whole script

@@ -366,20 +366,24 @@ def test_tables_added_after_a_resume():
     state = run.optimizer.state_dict()["state"]
     assert (state["table"]["step"], state["new"]["step"]) == (2, 1)
     assert relative_error(state["new"]["exp_avg"], oracle.exp_avg) <= 1e-6
-    assert (
-        differences(
-            state["embedding"], Run().play(0, 17).optimizer.state_dict()["state"]["embedding"]
-        )
-        == []
-    )
+    expected = Run().play(0, 17).optimizer.state_dict()["state"]["embedding"]
+    assert differences(state["embedding"], expected) == []
 
 
 # ---------------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
+def pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_table_between_backward_and_step(copied):
+    table = Run().play(0, 1).model["table"]
+    assert torch.equal(copied(table).grad().to_dense(), table.grad().to_dense())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copies_of_model_and_optimizer(copied, dtype):
     """At every point: names, counters and pending gradients; then each goes its own way."""

@@ -17,6 +17,7 @@ from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, filter_
 RUNS = ("sparse_adamw", "sparse_adam", "adamw")
 
 INIT_STD = 0.01
+BLOCK_SIZE = 64  # rows; most of these tables are small, and each slot holds whole blocks
 HIDDEN = (64, 32)
 
 Batch = dict[str, tuple[Tensor, Tensor | None]]
@@ -73,7 +74,11 @@ def build(
 
     def hash_table(name: str, width: int) -> nn.Module:
         return HashTable(
-            [width], device=device, initializer=NormalInitializer(std=INIT_STD), name=name
+            [width],
+            block_size=BLOCK_SIZE,
+            device=device,
+            initializer=NormalInitializer(std=INIT_STD),
+            name=name,
         )
 
     def embedding(name: str, width: int) -> nn.Module:
@@ -101,15 +106,11 @@ def build(
 
 
 def table_bytes(model: DeepFM, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tables' weights and of their moments, from the tensors that hold them.
-
-    Of a HashTable the live rows are counted, of an nn.Embedding all rows.
-    """
-    weights = [
-        tensor
-        for name, tensor in model.tables.state_dict().items()
-        if name.endswith((".weight", ".embedding"))
-    ]
+    """Bytes of memory held for the tables and their moments, with a HashTable's index and spare."""
+    tables = list(filter_out_sparse_param(model).values())
+    if tables and isinstance(tables[0], HashTable):
+        return sum(table.nbytes for table in tables)  # moments included
+    weights = list(model.tables.parameters())
     moments = [
         state[name]
         for state in optimizer.state_dict()["state"].values()

@@ -22,7 +22,7 @@ LABELS = {
 }
 
 NOTES = """optimizer s: the tables' step() and zero_grad(), without the first step's compilation.
-peak table MB: weights and both moments; the live rows of a HashTable, all rows of an nn.Embedding.
+peak table MB: weights and both moments, as allocated; a HashTable's index and spare rows included.
 """
 
 # Okabe and Ito's palette, told apart by the color-blind too; markers tell them apart in gray.
