@@ -25,6 +25,8 @@ from numba.extending import intrinsic, overload
 
 #: Tag of an array of row numbers, ids or addresses.
 INT64 = np.int64(0)
+#: Tag of an array of sums or scalars.
+FLOAT64 = np.float64(0)
 #: Tag of raw memory.
 BYTE = np.uint8(0)
 
@@ -102,6 +104,17 @@ def _as_pointer(typingctx, address, tag):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], context.get_value_type(pointer))
 
     return pointer(types.int64, tag), codegen
+
+
+@intrinsic
+def at(typingctx, address, index, tag):  # type: ignore[no-untyped-def]
+    """Element ``index`` of the array of the tag's type at ``address``: a plain load."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(tag)))
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return tag(types.int64, types.int64, tag), codegen
 
 
 @numba.njit(**_OPTIONS)

@@ -4,33 +4,97 @@ Per touched row: each of its gradients is read once from where backward left it;
 moments are read once and written once; the sum stays in a thread's buffer. Sums are float64, so
 they are exact for all practical purposes and their order hardly shows; the order is fixed all the
 same (SPEC §1): occurrences in order, in chunks of ``CHUNK`` counted from the run's start.
+
+Rows and gradients lie scattered in memory, so what the loop will need ``AHEAD`` sorted positions
+later is asked for early.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..._types import MOMENT_DTYPE, Pending, Update
-from ._compile import INT64, TAGS, cast, jit, load, prefetch, row_address, store, view
+from ._compile import FLOAT64, INT64, TAGS, at, cast, jit, load, prefetch, store, view
 from ._threads import num_parts, parallel_for
 from .segment import CHUNK, Segments, segment
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
-#: Rows of weights, moments and gradients asked for this many sorted positions ahead.
+#: Sorted positions between asking for a row and using it.
 AHEAD = 16
 
 
+class _Grads(NamedTuple):
+    """``Segments`` for kernels; see there. Arrays are addresses, which cost nothing to pass on."""
+
+    words: int
+    num_words: int
+    position_bits: int
+    num_keys: int
+    first_keys: int
+    piece_starts: int
+    pieces: int
+    num_pieces: int
+    long_runs: int
+    num_long_runs: int
+    partials: int  # [chunks, D] float64: sums of the chunks of long runs
+    itemsize: int
+    tag: Any
+
+
+class _Tables(NamedTuple):
+    """Where the tables of a group are, and the scalars of their update, as addresses."""
+
+    rows: int  # [T, 4] int64: block size, then each slot's address of its block addresses
+    scalars: int  # [T, 8] float64, see _scalars
+    param_itemsize: int
+    moment_itemsize: int
+    param_tag: Any
+    moment_tag: Any
+
+
 @jit
-def _piece_of(piece_starts, position):  # type: ignore[no-untyped-def]
-    low, high = 0, piece_starts.size - 1
+def _key(grads, i):  # type: ignore[no-untyped-def]
+    return at(grads.words, i, INT64) >> grads.position_bits
+
+
+@jit
+def _is_head(grads, i):  # type: ignore[no-untyped-def]
+    """Does a run begin at sorted position i?"""
+    return i == 0 or _key(grads, i - 1) != _key(grads, i)
+
+
+@jit
+def _first_head(grads, begin, end):  # type: ignore[no-untyped-def]
+    """The first run that begins in [begin, end): one that began before is the part before's."""
+    while begin < end and not _is_head(grads, begin):
+        begin += 1
+    return begin
+
+
+@jit
+def _run_end(grads, begin):  # type: ignore[no-untyped-def]
+    end = begin + 1
+    while end < grads.num_words and not _is_head(grads, end):
+        end += 1
+    return end
+
+
+@jit
+def _last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
+    """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
+
+    They begin at address ``first`` and are ``stride`` elements apart.
+    """
+    low, high = 0, count
     while high - low > 1:
         middle = (low + high) >> 1
-        if position >= piece_starts[middle]:
+        if at(first, middle * stride, INT64) <= value:
             low = middle
         else:
             high = middle
@@ -38,10 +102,28 @@ def _piece_of(piece_starts, position):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _grad_address(piece_starts, pieces, position, grad_bytes):  # type: ignore[no-untyped-def]
-    piece = _piece_of(piece_starts, position)
-    offset = (position - piece_starts[piece]) * pieces[piece, 2]
-    return pieces[piece, 1] + offset * grad_bytes, pieces[piece, 3], pieces[piece, 0]
+def _piece(grads, i):  # type: ignore[no-untyped-def]
+    """Number of the piece that holds the gradient at sorted position i, and its place there."""
+    position = at(grads.words, i, INT64) & ((1 << grads.position_bits) - 1)
+    piece = _last_at_most(position, grads.piece_starts, 1, grads.num_pieces)
+    return piece, position - at(grads.piece_starts, piece, INT64)
+
+
+@jit
+def _table_and_row(grads, i):  # type: ignore[no-untyped-def]
+    """What the gradient at sorted position i belongs to."""
+    piece, _ = _piece(grads, i)
+    table = at(grads.pieces, 4 * piece, INT64)
+    return table, _key(grads, i) - at(grads.first_keys, table, INT64)
+
+
+@jit
+def _grad_address(grads, i):  # type: ignore[no-untyped-def]
+    """Address and column stride of the gradient at sorted position i."""
+    piece, place = _piece(grads, i)
+    first = at(grads.pieces, 4 * piece + 1, INT64)
+    row_stride = at(grads.pieces, 4 * piece + 2, INT64)
+    return first + place * row_stride * grads.itemsize, at(grads.pieces, 4 * piece + 3, INT64)
 
 
 @jit
@@ -51,80 +133,83 @@ def _prefetch_row(address, row_bytes):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sum_run(  # type: ignore[no-untyped-def]
-    total, begin, end, words, position_mask, piece_starts, pieces, grad_bytes, grad_tag
-):
+def _prefetch_grad(grads, i, dim):  # type: ignore[no-untyped-def]
+    if i < grads.num_words:
+        address, _ = _grad_address(grads, i)
+        _prefetch_row(address, dim * grads.itemsize)
+
+
+@jit
+def _sum_run(total, grads, begin, end):  # type: ignore[no-untyped-def]
     """Sum the gradients at sorted positions [begin, end), in order, into total [D] float64."""
     dim = total.size
     total[:] = 0.0
     for i in range(begin, end):
-        position = words[i] & position_mask
-        address, stride, _ = _grad_address(piece_starts, pieces, position, grad_bytes)
-        if i + AHEAD < end:
-            ahead = words[i + AHEAD] & position_mask
-            following, _, _ = _grad_address(piece_starts, pieces, ahead, grad_bytes)
-            _prefetch_row(following, dim * grad_bytes)
+        _prefetch_grad(grads, i + AHEAD, dim)
+        address, stride = _grad_address(grads, i)
         if stride == 1:
-            grad = view(address, dim, grad_tag)
+            grad = view(address, dim, grads.tag)
             for j in range(dim):
                 total[j] += load(grad, j)
         else:
-            grad = view(address, (dim - 1) * stride + 1, grad_tag)
+            grad = view(address, (dim - 1) * stride + 1, grads.tag)
             for j in range(dim):
                 total[j] += load(grad, j * stride)
 
 
 @jit
-def _sum_chunks(  # type: ignore[no-untyped-def]
-    part, begin, end, partials, long_runs, words, position_mask, piece_starts, pieces,
-    grad_bytes, grad_tag,
-):  # fmt: skip
-    """Sums of chunks [begin, end) of the long runs."""
+def _sum_chunks(part, begin, end, grads, dim):  # type: ignore[no-untyped-def]
+    """Fill the partial sums of chunks [begin, end) of the long runs."""
     for chunk in range(begin, end):
-        run = np.searchsorted(long_runs[:, 2], chunk, side="right") - 1
-        start = long_runs[run, 0] + (chunk - long_runs[run, 2]) * CHUNK
-        stop = min(start + CHUNK, long_runs[run, 1])
-        _sum_run(
-            partials[chunk], start, stop, words, position_mask, piece_starts, pieces,
-            grad_bytes, grad_tag,
-        )  # fmt: skip
+        run = _last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
+        number = chunk - at(grads.long_runs, 3 * run + 2, INT64)
+        start = at(grads.long_runs, 3 * run, INT64) + number * CHUNK
+        stop = min(start + CHUNK, at(grads.long_runs, 3 * run + 1, INT64))
+        _sum_run(view(grads.partials + chunk * dim * 8, dim, FLOAT64), grads, start, stop)
     return 0
 
 
 @jit
-def _run_end(words, begin, position_bits):  # type: ignore[no-untyped-def]
-    key = words[begin] >> position_bits
-    end = begin + 1
-    while end < words.size and words[end] >> position_bits == key:
-        end += 1
-    return end
-
-
-@jit
-def _first_head(words, begin, end, position_bits):  # type: ignore[no-untyped-def]
-    """The first run that begins in [begin, end): one that began before is the part before's."""
-    while 0 < begin < end and words[begin] >> position_bits == words[begin - 1] >> position_bits:
-        begin += 1
-    return begin
-
-
-@jit
-def _sum_whole_run(  # type: ignore[no-untyped-def]
-    total, begin, end, partials, long_runs, words, position_mask, piece_starts, pieces,
-    grad_bytes, grad_tag,
-):  # fmt: skip
+def _sum_whole_run(total, grads, begin, end):  # type: ignore[no-untyped-def]
     """Sum a run into total [D]: straight, or its chunks' sums in order if it is long."""
     if end - begin <= CHUNK:
-        _sum_run(
-            total, begin, end, words, position_mask, piece_starts, pieces, grad_bytes, grad_tag
-        )
+        _sum_run(total, grads, begin, end)
         return
-    run = np.searchsorted(long_runs[:, 0], begin)
-    first = long_runs[run, 2]
+    dim = total.size
+    run = _last_at_most(begin, grads.long_runs, 3, grads.num_long_runs)
+    first = at(grads.long_runs, 3 * run + 2, INT64)
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
-        for j in range(total.size):
-            total[j] += partials[chunk, j]
+        partial = view(grads.partials + chunk * dim * 8, dim, FLOAT64)
+        for j in range(dim):
+            total[j] += partial[j]
+
+
+@jit
+def _row_addresses(tables, table, row, dim):  # type: ignore[no-untyped-def]
+    """Where a row's weights, exp_avg and exp_avg_sq are."""
+    block_size = at(tables.rows, 4 * table, INT64)
+    block = row // block_size
+    place = (row - block * block_size) * dim
+    params = at(tables.rows, 4 * table + 1, INT64)
+    exp_avgs = at(tables.rows, 4 * table + 2, INT64)
+    exp_avg_sqs = at(tables.rows, 4 * table + 3, INT64)
+    return (
+        at(params, block, INT64) + place * tables.param_itemsize,
+        at(exp_avgs, block, INT64) + place * tables.moment_itemsize,
+        at(exp_avg_sqs, block, INT64) + place * tables.moment_itemsize,
+    )
+
+
+@jit
+def _prefetch_table_row(grads, tables, i, dim):  # type: ignore[no-untyped-def]
+    """Ask for what the run that begins at sorted position i, if any, will update."""
+    if _is_head(grads, i) and _key(grads, i) < grads.num_keys:
+        table, row = _table_and_row(grads, i)
+        param, exp_avg, exp_avg_sq = _row_addresses(tables, table, row, dim)
+        _prefetch_row(param, dim * tables.param_itemsize)
+        _prefetch_row(exp_avg, dim * tables.moment_itemsize)
+        _prefetch_row(exp_avg_sq, dim * tables.moment_itemsize)
 
 
 @jit
@@ -150,121 +235,86 @@ def _update_row(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _update_runs(  # type: ignore[no-untyped-def]
-    part, begin, end, words, position_bits, first_keys, piece_starts, pieces, tables, scalars,
-    long_runs, partials, totals, param_bytes, moment_bytes, grad_bytes,
-    param_tag, moment_tag, grad_tag,
-):  # fmt: skip
-    """Update the rows whose runs begin in [begin, end)."""
-    position_mask = (1 << position_bits) - 1
-    num_keys = first_keys[first_keys.size - 1]
+def _update_runs(part, begin, end, grads, tables, totals):  # type: ignore[no-untyped-def]
+    """Update the rows whose runs begin in [begin, end); ``totals`` [parts, D] is scratch."""
     total = totals[part]
     dim = total.size
-    i = _first_head(words, begin, end, position_bits)
-    while i < end:
-        key = words[i] >> position_bits
-        if key >= num_keys:  # dropped gradients sort last
-            break
-        stop = _run_end(words, i, position_bits)
-        position = words[i] & position_mask
-        address, stride, table = _grad_address(piece_starts, pieces, position, grad_bytes)
+    i = _first_head(grads, begin, end)
+    while i < end and _key(grads, i) < grads.num_keys:  # dropped gradients sort last
+        stop = _run_end(grads, i)
+        for k in range(i + AHEAD, min(stop + AHEAD, end)):
+            _prefetch_table_row(grads, tables, k, dim)
 
-        if i + AHEAD < end and words[i + AHEAD] >> position_bits < num_keys:
-            ahead = words[i + AHEAD]
-            following, _, owner = _grad_address(
-                piece_starts, pieces, ahead & position_mask, grad_bytes
-            )
-            _prefetch_row(following, dim * grad_bytes)
-            row = (ahead >> position_bits) - first_keys[owner]
-            for slot, size in ((1, param_bytes), (2, moment_bytes), (3, moment_bytes)):
-                blocks = view(tables[owner, slot], 1, INT64)
-                _prefetch_row(row_address(blocks, tables[owner, 0], row, dim * size), dim * size)
+        table, row = _table_and_row(grads, i)
+        addresses = _row_addresses(tables, table, row, dim)
+        param = view(addresses[0], dim, tables.param_tag)
+        exp_avg = view(addresses[1], dim, tables.moment_tag)
+        exp_avg_sq = view(addresses[2], dim, tables.moment_tag)
+        scalars = view(tables.scalars + table * 64, 8, FLOAT64)
+        grad_scale = scalars[6] / (stop - i) if scalars[7] != 0.0 else scalars[6]
 
-        row, block_size = key - first_keys[table], tables[table, 0]
-        params = view(tables[table, 1], 1, INT64)
-        exp_avgs = view(tables[table, 2], 1, INT64)
-        exp_avg_sqs = view(tables[table, 3], 1, INT64)
-        param = view(row_address(params, block_size, row, dim * param_bytes), dim, param_tag)
-        exp_avg = view(row_address(exp_avgs, block_size, row, dim * moment_bytes), dim, moment_tag)
-        exp_avg_sq = view(
-            row_address(exp_avg_sqs, block_size, row, dim * moment_bytes), dim, moment_tag
-        )
-        scale = scalars[table, 6]
-        if scalars[table, 7] != 0.0:
-            scale /= stop - i
-        if stop == i + 1 and stride == 1:
-            grad = view(address, dim, grad_tag)
-            _update_row(param, exp_avg, exp_avg_sq, grad, scale, scalars[table], moment_tag)
+        address, stride = _grad_address(grads, i)
+        if stop == i + 1 and stride == 1:  # the usual case: a gradient that needs no buffer
+            _prefetch_grad(grads, i + AHEAD, dim)
+            grad = view(address, dim, grads.tag)
+            _update_row(param, exp_avg, exp_avg_sq, grad, grad_scale, scalars, tables.moment_tag)
         else:
-            _sum_whole_run(
-                total, i, stop, partials, long_runs, words, position_mask, piece_starts, pieces,
-                grad_bytes, grad_tag,
-            )  # fmt: skip
-            _update_row(param, exp_avg, exp_avg_sq, total, scale, scalars[table], moment_tag)
+            _sum_whole_run(total, grads, i, stop)
+            _update_row(param, exp_avg, exp_avg_sq, total, grad_scale, scalars, tables.moment_tag)
         i = stop
     return 0
 
 
 @jit
-def _count_runs(part, begin, end, words, position_bits, num_keys):  # type: ignore[no-untyped-def]
+def _count_runs(part, begin, end, grads):  # type: ignore[no-untyped-def]
     count = 0
     for i in range(begin, end):
-        key = words[i] >> position_bits
-        if key < num_keys and (i == 0 or words[i - 1] >> position_bits != key):
+        if _is_head(grads, i) and _key(grads, i) < grads.num_keys:
             count += 1
     return count
 
 
 @jit
 def _store_sums(  # type: ignore[no-untyped-def]
-    part, begin, end, words, position_bits, num_keys, piece_starts, pieces, scales, means,
-    long_runs, partials, totals, grad_bytes, rows, values_address, first_keys, firsts,
-    value_tag, grad_tag,
-):  # fmt: skip
-    """Rows and sums of the runs that begin in [begin, end), from place ``firsts[part]`` on."""
-    position_mask = (1 << position_bits) - 1
+    part, begin, end, grads, scale, mean, totals, places, rows, values
+):
+    """Rows and sums of one table's runs that begin in [begin, end), from ``places[part]`` on."""
     total = totals[part]
     dim = total.size
-    values = view(values_address, rows.size * dim, value_tag)
-    place = firsts[part]
-    i = _first_head(words, begin, end, position_bits)
-    while i < end:
-        key = words[i] >> position_bits
-        if key >= num_keys:
-            break
-        stop = _run_end(words, i, position_bits)
-        _sum_whole_run(
-            total, i, stop, partials, long_runs, words, position_mask, piece_starts, pieces,
-            grad_bytes, grad_tag,
-        )  # fmt: skip
-        table = pieces[_piece_of(piece_starts, words[i] & position_mask), 0]
-        scale = scales[table] / (stop - i) if means[table] else scales[table]
-        rows[place] = key - first_keys[table]
+    place = places[part]
+    values = view(values, rows.size * dim, grads.tag)
+    i = _first_head(grads, begin, end)
+    while i < end and _key(grads, i) < grads.num_keys:
+        stop = _run_end(grads, i)
+        _sum_whole_run(total, grads, i, stop)
+        rows[place] = _key(grads, i)
         for j in range(dim):
-            store(values, place * dim + j, cast(total[j] * scale, value_tag))
+            store(values, place * dim + j, total[j] * (scale / (stop - i) if mean else scale))
         place += 1
         i = stop
     return 0
 
 
-def _partial_sums(segments: Segments) -> np.ndarray:
-    """[chunks, D] float64: the sums of the chunks of long runs."""
-    partials = np.empty((segments.num_chunks, segments.dim))
-    if segments.num_chunks:
-        parallel_for(
-            _sum_chunks,
-            segments.num_chunks,
-            1,
-            partials,
-            segments.long_runs,
-            segments.words,
-            (1 << segments.position_bits) - 1,
-            segments.piece_starts,
-            segments.pieces,
-            segments.grad_dtype.itemsize,
-            TAGS[segments.grad_dtype],
-        )
-    return partials
+def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
+    """The kernels' view of segments, the chunks of long runs summed by all threads."""
+    grads = _Grads(
+        segments.words.ctypes.data,
+        segments.words.size,
+        segments.position_bits,
+        segments.num_keys,
+        segments.first_keys.ctypes.data,
+        segments.piece_starts.ctypes.data,
+        segments.pieces.ctypes.data,
+        len(segments.pieces),
+        segments.long_runs.ctypes.data,
+        len(segments.long_runs),
+        partials.ctypes.data,
+        segments.grad_dtype.itemsize,
+        TAGS[segments.grad_dtype],
+    )
+    if len(partials):
+        parallel_for(_sum_chunks, len(partials), 1, grads, segments.dim)
+    return grads
 
 
 def _scalars(update: Update) -> tuple[float, ...]:
@@ -291,44 +341,25 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
     """
     dtype = updates[0].pending.param.dtype
     moment_dtype = MOMENT_DTYPE[dtype]
-    size, dim = segments.words.size, segments.dim
-    grain = max(1, GRAIN_ELEMENTS // dim)
-    totals = np.empty((num_parts(size, grain), dim))
-    scalars = np.array([_scalars(update) for update in updates])
-    tables = np.array(
-        [
-            (
-                u.pending.param.block_size(),
-                u.pending.param.addresses().ctypes.data,
-                u.exp_avg.addresses().ctypes.data,
-                u.exp_avg_sq.addresses().ctypes.data,
-            )
-            for u in updates
-        ],
+    slots = [(u.pending.param, u.exp_avg, u.exp_avg_sq) for u in updates]
+    rows = np.array(
+        [(s[0].block_size(), *(slot.addresses().ctypes.data for slot in s)) for s in slots],
         dtype=np.int64,
     )
-    partials = _partial_sums(segments)
-    parallel_for(
-        _update_runs,
-        size,
-        grain,
-        segments.words,
-        segments.position_bits,
-        segments.first_keys,
-        segments.piece_starts,
-        segments.pieces,
-        tables,
-        scalars,
-        segments.long_runs,
-        partials,
-        totals,
+    scalars = np.array([_scalars(update) for update in updates])
+    tables = _Tables(
+        rows.ctypes.data,
+        scalars.ctypes.data,
         dtype.itemsize,
         moment_dtype.itemsize,
-        segments.grad_dtype.itemsize,
         TAGS[dtype],
         TAGS[moment_dtype],
-        TAGS[segments.grad_dtype],
     )
+    size, grain = segments.words.size, max(1, GRAIN_ELEMENTS // segments.dim)
+    totals = np.empty((num_parts(size, grain), segments.dim))
+    partials = np.empty((segments.num_chunks, segments.dim))
+    grads = _with_chunks_summed(segments, partials)
+    parallel_for(_update_runs, size, grain, grads, tables, totals)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,33 +369,22 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         rows [U] int64, ascending, and values [U, D] of the gradients' dtype.
     """
     segments = segment([pending])
-    size, dim = segments.words.size, segments.dim
-    grain = max(1, GRAIN_ELEMENTS // dim)
-    counts = parallel_for(
-        _count_runs, size, grain, segments.words, segments.position_bits, segments.num_keys
-    )
+    partials = np.empty((segments.num_chunks, segments.dim))
+    grads = _with_chunks_summed(segments, partials)
+    size, grain = segments.words.size, max(1, GRAIN_ELEMENTS // segments.dim)
+    counts = parallel_for(_count_runs, size, grain, grads)
     rows = np.empty(sum(counts), dtype=np.int64)
-    values = torch.empty(rows.size, dim, dtype=segments.grad_dtype, device="cpu")
+    values = torch.empty(rows.size, segments.dim, dtype=segments.grad_dtype, device="cpu")
     parallel_for(
         _store_sums,
         size,
         grain,
-        segments.words,
-        segments.position_bits,
-        segments.num_keys,
-        segments.piece_starts,
-        segments.pieces,
-        np.array([pending.grad_scale]),
-        np.array([pending.mean]),
-        segments.long_runs,
-        _partial_sums(segments),
-        np.empty((len(counts), dim)),
-        segments.grad_dtype.itemsize,
+        grads,
+        pending.grad_scale,
+        pending.mean,
+        np.empty((len(counts), segments.dim)),
+        np.cumsum([0, *counts[:-1]]),
         rows,
         values.data_ptr(),
-        segments.first_keys,
-        np.cumsum([0, *counts[:-1]]),
-        TAGS[segments.grad_dtype],
-        TAGS[segments.grad_dtype],
     )
     return torch.from_numpy(rows), values
