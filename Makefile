@@ -26,7 +26,7 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test lint format doctor FORCE
+.PHONY: help setup train test lint format doctor bench FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -59,6 +59,9 @@ format: $(VENV)/lint.installed ## rewrite the code as lint wants it, as far as t
 
 doctor: $(VENV)/train.installed ## what is installed, does each engine work here, how fast is it
 	$(PY) -m cupy_sparse_adamw
+
+bench: $(VENV)/test.installed ## time one step beside torch's optimizers; best with nothing else running
+	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 cuda_files = $(wildcard cuda_src/*.cu cuda_src/*.cuh)
 

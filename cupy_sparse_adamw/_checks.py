@@ -87,7 +87,7 @@ def require_table_dtype(name: str, dtype: Any) -> torch.dtype:
 
 def require_shape(embedding_shape: Any) -> tuple[int, ...]:
     """The shape of one row: an int or a non-empty sequence of positive ints."""
-    if isinstance(embedding_shape, int):
+    if hasattr(embedding_shape, "__index__"):
         embedding_shape = (embedding_shape,)
     if not isinstance(embedding_shape, Sequence) or not embedding_shape:
         raise TypeError(

@@ -1,7 +1,9 @@
 """The operations, on whichever engine fits the device. Only this module chooses an engine.
 
 Each operation has the same name and keyword signature here, in ``reference`` and in each package
-under ``engines``. Tensors of one call live on one device.
+under ``engines``. Tensors of one call live on one device. What users pass in is checked before it
+gets here (``_checks``): rows are in range, dtypes and shapes fit. Only ``segment`` checks rows,
+since the engines can do that on the way.
 """
 
 from __future__ import annotations

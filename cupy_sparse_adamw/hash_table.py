@@ -13,7 +13,7 @@ from ._types import MISSING, Pending, Slot
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrad, LookupGrads
 from .row_store import EXP_AVG, EXP_AVG_SQ, RowStore
-from .tables import Table, dtype_name, require_moments
+from .tables import Table, dtype_name, require_moments, require_piece
 
 
 class AdmitHook:
@@ -128,7 +128,7 @@ class HashTable(torch.nn.Module, Table):
         self.grad_reduce_by = grad_reduce_by
         self.copy_grads = copy_grads
         self._dim = torch.Size(self.embedding_shape).numel()
-        self._world_size = _world_size()
+        _world_size()  # an error comes now rather than in the first step
         dtype = _checks.require_table_dtype("dtype", dtype)
         device = _require_device(device)
 
@@ -334,7 +334,7 @@ class HashTable(torch.nn.Module, Table):
             self._store.num_rows,
             self._grads.pieces(name),
             drop_missing=True,
-            grad_scale=1.0 / self._world_size if self.grad_reduce_by == "worker" else 1.0,
+            grad_scale=1.0 / _world_size() if self.grad_reduce_by == "worker" else 1.0,
             mean=self.grad_reduce_by == "id",
         )
 
@@ -368,6 +368,7 @@ class HashTable(torch.nn.Module, Table):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         store = self._store
         destination[prefix + "ids"] = store.ids()
         destination[prefix + "embedding"] = functional.gather(store.embedding, store.rows())
@@ -386,14 +387,15 @@ class HashTable(torch.nn.Module, Table):
     ) -> None:
         saved = {key: state_dict.get(prefix + key) for key in ("ids", "embedding", "seed", "fan")}
         missing_keys += [prefix + key for key, value in saved.items() if value is None and strict]
-        if strict:
-            known = {prefix + key for key in saved}
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+        rest = {k: v for k, v in state_dict.items() if k not in {prefix + key for key in saved}}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         ids, embedding = saved["ids"], saved["embedding"]
         if ids is None or embedding is None:
             return
         try:
-            ids = self._flat(_checks.require_ids(ids, prefix + "ids")).clone()
+            ids = self._flat(_checks.require_ids(ids, prefix + "ids"))
             embedding = embedding.to(self.device)
             values = _checks.require_rows_of(
                 self._label,
@@ -505,6 +507,7 @@ class HashTable(torch.nn.Module, Table):
         """Gradients of the saved ids' rows; see ``Table.build_pending``."""
         grads = []
         for piece in saved:
+            require_piece(name, piece)
             rows = self._rows_of_saved(name, "gradients", piece.get("ids"))
             if "grad" not in piece:
                 raise ValueError(f"table {name!r}: a saved gradient has no 'grad'")

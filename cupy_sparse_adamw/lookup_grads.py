@@ -103,11 +103,11 @@ class LookupGrads:
         self, convert: Callable[[torch.Tensor], torch.Tensor], before: Slot, device: torch.device
     ) -> None:
         """Move or convert gradients as the store was; ``before`` was its ``ids_by_row``."""
-        self._grads = [
-            LookupGrad(
-                left.rows.to(device),
-                convert(left.grad),
-                self._store.ids_by_row if left.ids_by_row is before else left.ids_by_row,
-            )
-            for left in self._grads
-        ]
+        moved = []
+        for left in self._grads:
+            here = left.ids_by_row is before
+            ids_by_row = self._store.ids_by_row if here else left.ids_by_row
+            new = LookupGrad(left.rows.to(device), convert(left.grad), ids_by_row)
+            new.version -= left.grad._version - left.version  # changed stays changed
+            moved.append(new)
+        self._grads = moved

@@ -11,7 +11,6 @@ import torch
 from . import functional
 from ._checks import require_betas, require_hyperparams, require_int
 from ._types import Update
-from .hash_table import HashTable
 from .tables import Table, as_table, claim, require_owned
 
 
@@ -82,6 +81,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"params must be a dict of name -> table, got {type(params).__name__}; use "
                 f"filter_out_sparse_param(model)"
             )
+        if not self.param_groups:  # removed by hand
+            self.add_param_group({"params": params})
+            return
         tables = self._require_new_tables(params)
         self.param_groups[0]["params"] += [table.key for table in tables.values()]
         self._adopt(tables)
@@ -120,17 +122,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         by_key = {id(table.key): (name, table) for name, table in self._tables.items()}
         for group in self.param_groups:
             for key in group["params"]:
-                if id(key) not in by_key:
+                if id(key) not in by_key:  # or no longer: each is met once
                     raise RuntimeError(
-                        "param_groups holds something that was put there by hand; add tables with "
-                        "add_params or add_param_group, which take their names"
+                        "param_groups holds something that was put there by hand, or a table "
+                        "twice; add tables with add_params or add_param_group, which take their "
+                        "names and see to it that each is updated once"
                     )
-                yield group, *by_key[id(key)]
+                yield group, *by_key.pop(id(key))
 
     # ------------------------------------------------------------------ step
 
     def set_grad_accum_steps(self, steps: int) -> None:
         """Update at every ``steps``-th ``step()`` only.
+
+        Clear gradients through ``zero_grad`` of this optimizer, which knows of the accumulation:
+        ``model.zero_grad()`` drops an Embedding's micro-batches, as torch would.
 
         Raises:
             TypeError, ValueError: ``steps`` is no int of at least 1.
@@ -141,8 +147,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every table that has a gradient, or count a micro-batch.
 
-        Everything is checked before anything is written: after an exception, weights, moments and
-        counters of all tables are what they were.
+        Everything is checked before anything is written: after one of the exceptions below,
+        weights, moments and counters of all tables are what they were. (Ctrl-C in the update itself
+        may come between two tables.)
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -201,8 +208,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by torch.amp.GradScaler, which unscales ``.grad`` itself where this is False."""
-        if self._grad_accum_steps > 1 or any(
-            isinstance(table, HashTable) for table in self._tables.values()
+        if self._grad_accum_steps > 1 or not all(
+            table.grad_scaler_reaches_it for table in self._tables.values()
         ):
             raise RuntimeError(
                 "GradScaler cannot unscale the gradients of a HashTable or of accumulated "
@@ -220,7 +227,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             ``{"state": {name: {"step", "exp_avg", "exp_avg_sq", "dtype"[, "ids"]}},
             "param_groups": [{settings, "params": [names]}], "accumulation": {"grad_accum_steps",
             "accumulated", "grads": {name: unreduced gradients}}}``. Tables that had no update
-            have no entry in "state". Moments of a HashTable are listed by id.
+            have no entry in "state". Moments of a HashTable are listed by id. "grads" is empty
+            unless micro-batches are being accumulated: as in torch, gradients that no ``step()``
+            has counted are not part of the state.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -267,6 +276,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         groups = self._require_groups(state_dict)
         accumulation = state_dict.get("accumulation", {})
+        for key, value in (("state", state_dict["state"]), ("accumulation", accumulation)):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"the saved {key!r} must be a dict, got {type(value).__name__}")
         steps = require_int("grad_accum_steps", accumulation.get("grad_accum_steps", 1), 1)
         accumulated = require_int("accumulated", accumulation.get("accumulated", 0), 0)
         saved_states, saved_grads = state_dict["state"], accumulation.get("grads", {})
@@ -336,11 +348,14 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if key not in merged:
                     raise ValueError(f"a saved param group has no {key!r}")
             require_hyperparams(merged)
+            _require_no_amsgrad(merged.get("amsgrad", False))
             merged["betas"] = tuple(merged["betas"])
             groups.append(merged)
         return groups
 
     def __getstate__(self) -> dict[str, Any]:
+        for name, table in self._tables.items():
+            require_owned(name, table, self)
         return {
             **super().__getstate__(),
             "_tables": self._tables,

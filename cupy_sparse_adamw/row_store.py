@@ -91,7 +91,7 @@ class RowStore:
     def _insert(self, ids: torch.Tensor) -> torch.Tensor:
         bound = ids.numel()
         if not self._has_room(self.num_rows + bound):
-            bound = ids.unique().numel()  # exact, so that duplicates take no memory
+            bound = self._count_distinct(ids)  # so that duplicates take no memory
             self.reserve(self.num_rows + bound)
         new_rows = torch.arange(self.num_rows, self.num_rows + bound, device=ids.device)
         try:
@@ -104,6 +104,12 @@ class RowStore:
             raise
         self.num_rows += new_ids.numel()
         return rows
+
+    @staticmethod
+    def _count_distinct(ids: torch.Tensor) -> int:
+        scratch = _empty_index(_capacity_for(ids.numel()), ids.device)
+        _, distinct = functional.insert_(scratch, ids, torch.arange(ids.numel(), device=ids.device))
+        return distinct.numel()
 
     # ------------------------------------------------------------------ memory
 

@@ -29,6 +29,9 @@ class Table:
     fill; methods that take ``name`` use it in error texts only.
     """
 
+    #: Whether torch.amp.GradScaler can unscale the gradients, as it does those in ``.grad``.
+    grad_scaler_reaches_it = False
+
     @property
     def key(self) -> Any:
         """What ``param_groups`` holds and ``optimizer.state`` is keyed by."""
@@ -91,6 +94,8 @@ class EmbeddingTable(Table):
         weight: [R, D], contiguous; its ``.grad`` is sparse COO with indices [1, N], values [N, D].
     """
 
+    grad_scaler_reaches_it = True
+
     def __init__(self, name: str, weight: torch.Tensor) -> None:
         if weight.dim() != 2 or not weight.is_leaf or weight.shape[1] == 0:
             raise TypeError(
@@ -116,11 +121,9 @@ class EmbeddingTable(Table):
         slot = self._slots.get(name)
         if slot is not None:
             (held,) = slot.values()
-            if (held.data_ptr(), held.dtype, held.shape) == (
-                tensor.data_ptr(),
-                tensor.dtype,
-                tensor.shape,
-            ):
+            # The address that kernels use: a storage may be moved in place (share_memory_).
+            address = int(slot.addresses()[0])
+            if (address, held.dtype, held.shape) == (tensor.data_ptr(), tensor.dtype, tensor.shape):
                 return slot
         slot = self._slots[name] = Slot.over(name, tensor.detach())
         return slot
@@ -226,6 +229,7 @@ class EmbeddingTable(Table):
         if len(saved) > 1:
             raise ValueError(f"table {name!r}: {len(saved)} gradients are saved, expected one")
         for piece in saved:
+            require_piece(name, piece)
             if "indices" not in piece:
                 raise ValueError(
                     f"table {name!r}: the saved gradients are of a HashTable, this is an embedding"
@@ -286,6 +290,12 @@ def _plain_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of torch.float32 without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def require_piece(name: str, piece: Any) -> None:
+    """A saved gradient is a dict."""
+    if not isinstance(piece, dict):
+        raise ValueError(f"table {name!r}: a saved gradient must be a dict, got {piece!r}")
 
 
 def require_moments(

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from cupy_sparse_adamw import functional
+
+ENGINES = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on every engine, its tensors on the engine's device."""
+    device = "cuda" if request.param == "cuda" else "cpu"
+    with functional.use_engine(request.param), torch.device(device):
+        yield request.param
 
 
 @functools.cache
@@ -30,6 +43,10 @@ def why_no_gpu() -> str | None:
         return f"CuPy cannot be imported ({error}); install cupy-sparse-adamw[cuda12x] or [cuda13x]"
     except Exception as error:  # whatever it is, it is the reason
         return f"CuPy does not work here: {error}"
+    try:
+        functional.load_engine("cuda")
+    except RuntimeError as error:
+        return str(error)
     return None
 
 
@@ -56,5 +73,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("nothing was skipped")
     for reason, names in by_reason.items():
         terminalreporter.write_line(f"{len(names)} × {reason}")
-        for name in names:
-            terminalreporter.write_line(f"    {name}")
+        for name, cases in Counter(name.partition("[")[0] for name in names).items():
+            terminalreporter.write_line(f"    {name}" + (f" ({cases} cases)" if cases > 1 else ""))

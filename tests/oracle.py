@@ -22,13 +22,17 @@ TOLERANCE = {
 }
 
 
+def _array(x) -> np.ndarray:
+    return torch.as_tensor(x).detach().double().cpu().numpy()
+
+
 class Oracle:
     """One table in float64. ``step`` takes rows [N] and grads [N, D] with duplicates."""
 
     def __init__(
         self, param: torch.Tensor, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2
     ) -> None:
-        self.param = param.double().numpy().copy()
+        self.param = _array(param).copy()
         self.exp_avg = np.zeros_like(self.param)
         self.exp_avg_sq = np.zeros_like(self.param)
         self.lr, self.beta1, self.beta2 = lr, beta1, beta2
@@ -39,9 +43,7 @@ class Oracle:
         self.t += 1
         sums: dict[int, np.ndarray] = {}
         counts: dict[int, int] = {}
-        for row, grad in zip(
-            np.asarray(rows).tolist(), np.asarray(grads, dtype=np.float64), strict=True
-        ):
+        for row, grad in zip(_array(rows).astype(int).tolist(), _array(grads), strict=True):
             sums[row] = sums.get(row, 0.0) + grad
             counts[row] = counts.get(row, 0) + 1
         for row, total in sums.items():
@@ -56,11 +58,12 @@ class Oracle:
 
 def relative_error(x: torch.Tensor, exact: np.ndarray) -> float:
     """SPEC §1's norm, max|x - x64| / max|x64|."""
-    return float(np.abs(x.double().numpy() - exact).max() / np.abs(exact).max())
+    return float(np.abs(_array(x) - exact).max() / np.abs(exact).max())
 
 
 def within_one_ulp(x: torch.Tensor, exact: np.ndarray) -> bool:
     """Each element of a 16-bit tensor is the rounded exact value or one of its two neighbours."""
+    x = x.cpu()
     rounded = torch.from_numpy(exact).to(x.dtype)
     below, above = (
         torch.nextafter(rounded, torch.full_like(rounded, end)) for end in (-torch.inf, torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 import os
 import pathlib
@@ -9,10 +10,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
+import numba
 import numpy as np
 import pytest
 import torch
+from oracle import bits
 
 from cupy_sparse_adamw import HashTable, NormalInitializer, functional
 from cupy_sparse_adamw._types import Slot
@@ -164,6 +168,73 @@ def test_without_a_writable_cache_it_compiles_and_warns_once(tmp_path):
     )
     assert result.stdout.count("compiled kernels cannot be kept on disk") == 1
     assert "set NUMBA_CACHE_DIR to a directory you can write" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_conversions_are_torchs(dtype):
+    """Every 16-bit number; every float32 at, next to and halfway between them; all exponents."""
+    from cupy_sparse_adamw.engines.cpu import _compile
+
+    @numba.njit
+    def convert(narrow, wide, back):
+        for i in range(narrow.size):
+            wide[i] = _compile.load(narrow, i)
+        for i in range(back.size):
+            _compile.store(back, i, wide[i])
+
+    tag = type(_compile.TAGS[dtype])
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    exact = every.float()
+    finite = exact[exact.isfinite()].sort().values
+    halfway = ((finite[1:].double() + finite[:-1].double()) / 2).float()
+    points = torch.cat([exact, halfway])
+    ends = [torch.nextafter(points, torch.full_like(points, e)) for e in (-torch.inf, torch.inf)]
+    random = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).int().view(torch.float32)
+    wide = torch.cat([points, *ends, random])
+    expected = wide.to(dtype)
+
+    narrow = every.view(torch.int16).numpy().view(tag)
+    loaded, stored = wide.numpy().copy(), np.empty(wide.numel(), tag)
+    convert(narrow, loaded, stored)
+    stored = torch.from_numpy(stored.view(np.int16)).view(dtype)
+    for ours, theirs in ((torch.from_numpy(loaded)[: 2**16], exact), (stored, expected)):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        number = ~theirs.isnan()
+        assert torch.equal(bits(ours[number]), bits(theirs[number]))
+
+
+def test_parallel_for_ends_only_when_all_parts_have(monkeypatch):
+    """Parts write to memory that the caller frees: neither Ctrl-C nor an error may leave early."""
+    from cupy_sparse_adamw.engines.cpu import _threads
+
+    ended = []
+
+    def part(number, begin, end, fail):
+        if number == 0 and fail:
+            raise ValueError("the first part fails")
+        time.sleep(0.3)
+        ended.append(number)
+        return number
+
+    real_wait, interrupts = concurrent.futures.wait, [KeyboardInterrupt, KeyboardInterrupt]
+
+    def interrupted_wait(futures):
+        if interrupts:
+            raise interrupts.pop()
+        return real_wait(futures)
+
+    monkeypatch.setattr(_threads, "num_parts", lambda size, grain: 2)
+    assert _threads.parallel_for(part, 2, 1, False) == [0, 1]
+    ended.clear()
+    with pytest.raises(ValueError, match="first part fails"):
+        _threads.parallel_for(part, 2, 1, True)
+    assert ended == [1]
+    ended.clear()
+    monkeypatch.setattr(concurrent.futures, "wait", interrupted_wait)
+    with pytest.raises(KeyboardInterrupt):
+        _threads.parallel_for(part, 2, 1, False)
+    assert sorted(ended) == [0, 1]
+    assert not interrupts
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

@@ -530,6 +530,78 @@ def test_conversions():
     assert moment.dtype == torch.float32
 
 
+def test_conversion_takes_pending_gradients_along():
+    """Also those of lookups whose rows were renumbered since, and of a lookup still to come."""
+    table = HashTable([1])
+    early = table(torch.tensor([5, 6]))
+    early.backward(torch.tensor([[1.0], [2.0]]))
+    table.clear()
+    table(torch.tensor([6, 7])).backward(torch.tensor([[4.0], [8.0]]))
+    table.double()
+    grad = table.grad()
+    assert grad.dtype == torch.float64
+    assert grad.to_dense().flatten().tolist() == [6.0, 8.0]
+    table.accept_grad(torch.tensor([1]), torch.ones(1, 1, dtype=torch.float64))
+    assert table.grad().to_dense().flatten().tolist() == [6.0, 9.0]
+
+
+def test_a_changed_gradient_stays_changed_through_a_conversion():
+    table = HashTable([1])
+    grad = torch.ones(1, 1)
+    table(torch.tensor([5])).backward(grad)
+    grad.mul_(7)
+    table.double()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        table.grad()
+
+
+def test_values_that_do_not_fit_the_dtype():
+    initializer = UniformInitializer(0.0, 1e6)
+    with pytest.raises(ValueError, match=r"must fit torch.float16"):
+        HashTable([1], dtype=torch.float16, initializer=initializer)
+    table = HashTable([1], initializer=initializer)
+    with pytest.raises(ValueError, match=r"must fit torch.float16"):
+        table.half()
+    assert table.dtype == torch.float32
+
+
+def test_accept_grad_copies_rows():
+    table = HashTable([1])
+    table(torch.arange(3))
+    rows = torch.tensor([0, 1])
+    table.accept_grad(rows, torch.ones(2, 1))
+    rows.fill_(2)
+    assert table.grad().indices().tolist() == [[0, 1]]
+
+
+def test_a_subclass_may_have_children_and_buffers():
+    class Named(HashTable):
+        def __init__(self):
+            super().__init__([2])
+            self.extra = torch.nn.Linear(2, 2)
+            self.register_buffer("count", torch.tensor(3))
+
+        def forward(self, ids):
+            return self.extra(super().forward(ids))
+
+    source, target = Named(), Named()
+    out = source(torch.arange(4))
+    source.count += 4
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(torch.arange(4)), out)
+    assert target.count == 7
+
+
+def test_world_size_is_that_of_the_step(monkeypatch):
+    table = HashTable([1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    table(torch.tensor([1])).sum().backward()
+    assert table.grad().values().item() == 0.5
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE must be a positive int, got 'two'"):
+        HashTable([1])
+
+
 def test_to_the_same_device_moves_nothing():
     table = normal_table()
     table(torch.arange(3))

@@ -9,14 +9,7 @@ from oracle import DTYPES, bits, slot_of
 from cupy_sparse_adamw import functional
 from cupy_sparse_adamw._types import MISSING
 
-ENGINES = ["reference", "cpu"]
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32, -(2**32)]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request):
-    with functional.use_engine(request.param):
-        yield request.param
 
 
 def empty_index(capacity: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import ENGINES
 
 import cupy_sparse_adamw as csa
 from cupy_sparse_adamw import functional
@@ -26,7 +27,7 @@ NORMAL = csa.NormalInitializer(2.0, 3.0)
 TRUNC_NORMAL = csa.TruncNormalInitializer(0.5, 2.0, -1.0, 4.0)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> ModuleType:
     return functional.load_engine(request.param)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 
@@ -447,3 +448,53 @@ def test_filter_out_sparse_param():
     assert filter_out_sparse_param(model.again) == {"users": model.again}
     for root in (model.inner[0], model.bag, model.tied.one):  # a model that is itself a table
         assert list(filter_out_sparse_param(root).values()) == [root]
+
+
+def test_weights_and_moments_may_move_in_place():
+    """``share_memory_`` and resizing a storage (FSDP) leave the tensor but move its memory."""
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    twin = copy.deepcopy(embedding)
+    optimizers = [SparseAdamW({"e": each}, lr=0.1) for each in (embedding, twin)]
+    for move in (lambda: None, embedding.share_memory, lambda: None):
+        move()
+        if move is embedding.share_memory:
+            for moment in optimizers[0].state[embedding.weight].values():
+                if isinstance(moment, torch.Tensor):
+                    moment.share_memory_()
+        for each, optimizer in zip((embedding, twin), optimizers, strict=True):
+            each(torch.tensor([1, 2, 1])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(embedding.weight, twin.weight)
+    states = [optimizer.state_dict()["state"]["e"] for optimizer in optimizers]
+    assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+
+
+@pytest.mark.parametrize("how", ["same group", "another group", "unknown"])
+def test_param_groups_changed_by_hand(how):
+    first, second = (torch.nn.Embedding(3, 2, sparse=True) for _ in range(2))
+    optimizer = SparseAdamW({"first": first, "second": second})
+    for each in (first, second):
+        each(torch.tensor([1])).sum().backward()
+    before = [each.weight.detach().clone() for each in (first, second)]
+    if how == "another group":
+        optimizer.param_groups.append({**optimizer.param_groups[0], "params": [second.weight]})
+    else:
+        extra = second.weight if how == "same group" else torch.nn.Parameter(torch.zeros(3, 2))
+        optimizer.param_groups[0]["params"].append(extra)
+    with pytest.raises(RuntimeError, match=r"by hand, or a table twice; .*add_param_group"):
+        optimizer.step()
+    assert torch.equal(first.weight, before[0])
+    assert torch.equal(second.weight, before[1])
+
+
+def test_a_group_removed_by_hand_may_come_back():
+    tables = {name: torch.nn.Embedding(3, 2, sparse=True) for name in ("a", "b")}
+    optimizer = SparseAdamW({"a": tables["a"]})
+    optimizer.add_param_group({"params": {"b": tables["b"]}, "lr": 1.0})
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": {"b": tables["b"]}, "lr": 0.5})
+    assert optimizer.param_groups[1]["lr"] == 0.5
+    optimizer.param_groups.clear()
+    optimizer.add_params(tables)
+    assert optimizer.state_dict()["param_groups"][0]["params"] == ["a", "b"]

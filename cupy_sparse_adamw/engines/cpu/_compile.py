@@ -152,19 +152,59 @@ def copy_bytes(typingctx, target, source, size):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _half_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
+def _bits_of(typingctx, value):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return builder.bitcast(args[0], ir.IntType(32))
 
-    return types.float32(types.uint16), codegen
+    return types.uint32(types.float32), codegen
 
 
 @intrinsic
-def _float_to_half(typingctx, value):  # type: ignore[no-untyped-def]
+def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        return builder.bitcast(args[0], ir.FloatType())
 
-    return types.uint16(types.float32), codegen
+    return types.float32(types.uint32), codegen
+
+
+# float16 by bit arithmetic, after F. Giesen, "float->half variants" (2012): LLVM's own conversion
+# needs a CPU with F16C or a library function that Numba does not have. A float32's exponent is
+# biased by 127 and its mantissa 13 bits longer than a float16's, whose exponent is biased by 15.
+_REBIAS = np.uint32((127 - 15) << 23)
+_HALF_EXPONENT = np.uint32(0x7C00 << 13)  # the exponent field of a float16, moved up
+_SMALLEST_NORMAL = np.uint32((127 - 14) << 23)  # 2**-14
+_OVERFLOW = np.uint32((127 + 16) << 23)  # 2**16
+_INFINITY = np.uint32(255 << 23)
+#: Adding 0.5 puts a float16 subnormal's last bit, 2**-24, into the last bit of a float32.
+_HALF = np.uint32(126 << 23)
+
+
+@numba.njit(**_OPTIONS)
+def _half_to_float(half: Any) -> Any:
+    bits = (np.uint32(half) & np.uint32(0x7FFF)) << np.uint32(13)
+    sign = (np.uint32(half) & np.uint32(0x8000)) << np.uint32(16)
+    exponent = bits & _HALF_EXPONENT
+    bits += _REBIAS
+    if exponent == _HALF_EXPONENT:  # infinity or NaN
+        bits += _REBIAS
+    if exponent == 0:  # zero or subnormal: 2**-14 (1 + mantissa) - 2**-14
+        bits = _bits_of(_float_of(bits + np.uint32(1 << 23)) - _float_of(_SMALLEST_NORMAL))
+    return _float_of(np.uint32(bits | sign))
+
+
+@numba.njit(**_OPTIONS)
+def _float_to_half(value: Any) -> Any:
+    """Round to nearest, ties to even; NaN stays NaN."""
+    bits = _bits_of(value)
+    sign = bits & np.uint32(0x80000000)
+    bits ^= sign
+    odd = (bits >> np.uint32(13)) & np.uint32(1)
+    half = (bits - _REBIAS + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    if bits < _SMALLEST_NORMAL:
+        half = _bits_of(_float_of(bits) + _float_of(_HALF)) - _HALF
+    if bits >= _OVERFLOW:
+        half = np.uint32(0x7E00) if bits > _INFINITY else np.uint32(0x7C00)
+    return np.uint16(half | (sign >> np.uint32(16)))
 
 
 @intrinsic

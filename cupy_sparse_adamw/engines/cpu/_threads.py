@@ -48,9 +48,23 @@ def parallel_for(kernel: Callable[..., int], size: int, grain: int, *args: Any) 
             max_workers=os.cpu_count(), thread_name_prefix="sparse_adamw"
         )
     cuts = [size * i // parts for i in range(parts + 1)]
-    others = [_pool.submit(kernel, i, cuts[i], cuts[i + 1], *args) for i in range(1, parts)]
+    others: list[concurrent.futures.Future[int]] = []
     try:
+        others.extend(_pool.submit(kernel, i, cuts[i], cuts[i + 1], *args) for i in range(1, parts))
         first = kernel(0, cuts[0], cuts[1], *args)
     finally:
-        concurrent.futures.wait(others)
+        _wait_for_all(others)
     return [first, *(other.result() for other in others)]
+
+
+def _wait_for_all(futures: list[concurrent.futures.Future[int]]) -> None:
+    """Return when all have ended, whatever happens: they write to memory that the caller holds."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            concurrent.futures.wait(futures)
+            break
+        except BaseException as error:  # Ctrl-C
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,46 @@
+"""The index against a dict, on programs that Hypothesis makes up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cupy_sparse_adamw import HashTable
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+#: Few values, so that programs hit known ids often, and the ends of the range.
+IDS = st.one_of(st.integers(-3, 12), st.sampled_from([2**63 - 1, -(2**63), 2**32, 2**62]))
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["train", "eval", "insert", "clear"]), st.lists(IDS, max_size=12)),
+    max_size=12,
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(STEPS)
+def test_a_table_is_a_dict_of_rows(program):
+    """Lookups, insertions and clears in any order; values count up so that each is told apart."""
+    table, expected, count = HashTable([1], block_size=2), {}, 0.0
+    for what, ids in program:
+        keys = torch.tensor(ids, dtype=torch.int64)
+        if what == "clear":
+            table.clear()
+            expected.clear()
+            continue
+        if what == "insert":
+            values = torch.arange(count + 1, count + 1 + len(ids))
+            count += len(ids)
+            table.insert(keys, values[:, None])
+            expected.update(zip(ids, values.tolist(), strict=True))
+        else:
+            table.train(what == "train")
+            found = table(keys).flatten().tolist()
+            assert found == [expected.get(id_, 0.0) for id_ in ids]
+            if what == "train":
+                for id_ in ids:
+                    expected.setdefault(id_, 0.0)
+        assert len(table) == len(expected)
+    assert table.ids().tolist() == list(expected)
+    assert table.embeddings().flatten().tolist() == list(expected.values())
