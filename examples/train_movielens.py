@@ -128,9 +128,7 @@ def choose_device(wanted: str) -> str:
     """Resolve "auto": CUDA if a HashTable can be trained there, else the CPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: torch finds no GPU here; pass --device cpu")
-    if wanted != "auto":
-        return wanted
-    if not torch.cuda.is_available():
+    if wanted == "cpu" or not torch.cuda.is_available():
         return "cpu"
     try:
         table = HashTable([4], device="cuda")
@@ -139,6 +137,8 @@ def choose_device(wanted: str) -> str:
         optimizer.step()
         torch.cuda.synchronize()
     except Exception as error:  # any reason at all is a reason to stay on the CPU
+        if wanted == "cuda":
+            raise SettingsError(f"--device cuda: {error}; pass --device cpu") from error
         print(f"training on the CPU: a HashTable does not work on this GPU ({error})")
         return "cpu"
     return "cuda"
@@ -179,7 +179,8 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         finished, state = load_checkpoint(path, config)
     elif path.exists():
-        print(f"starting afresh; {path} will be replaced (--resume would go on from it)")
+        print(f"starting afresh: {path} of an earlier run is deleted (--resume goes on from one)")
+        path.unlink()
     with StopRequest() as stop:
         for name in RUNS:
             if name in finished:
