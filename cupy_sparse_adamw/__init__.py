@@ -3,7 +3,8 @@
 Importing this needs neither a GPU nor CuPy nor Numba; engines load at first use.
 """
 
-from .hash_table import AdmitHook, HashTable
+from .hash_table import HashTable
+from .hooks import AdmitHook
 from .initializers import (
     ConstantInitializer,
     Initializer,

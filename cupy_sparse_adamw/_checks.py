@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,14 @@ def row_error(name: str, row: int, num_rows: int) -> IndexError:
     return IndexError(
         f"table {name!r}: a gradient names row {row}, but the table has {num_rows} rows"
     )
+
+
+def require_world_size() -> int:
+    """The number of workers, as torchrun sets it in the environment; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"environment variable WORLD_SIZE must be a positive int, got {text!r}")
+    return int(text)
 
 
 def require_ids(ids: Any, name: str = "ids") -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,23 +9,11 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks, functional
 from ._types import MISSING, Pending, Slot
+from .hooks import AdmitHook
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrad, LookupGrads
 from .row_store import EXP_AVG, EXP_AVG_SQ, RowStore
 from .tables import Table, dtype_name, require_moments, require_piece
-
-
-class AdmitHook:
-    """What a lookup in training mode does with an id that is not in the table.
-
-    Args:
-        name: "ReadOnly": such an id reads as zeros and gets no row.
-    """
-
-    def __init__(self, name: str) -> None:
-        if name != "ReadOnly":
-            raise ValueError(f"admit hook must be 'ReadOnly', got {name!r}")
-        self.name = name
 
 
 class _Lookup(torch.autograd.Function):
@@ -128,7 +115,7 @@ class HashTable(torch.nn.Module, Table):
         self.grad_reduce_by = grad_reduce_by
         self.copy_grads = copy_grads
         self._dim = torch.Size(self.embedding_shape).numel()
-        _world_size()  # an error comes now rather than in the first step
+        _checks.require_world_size()  # an error comes now rather than in the first step
         dtype = _checks.require_table_dtype("dtype", dtype)
         device = _require_device(device)
 
@@ -334,7 +321,9 @@ class HashTable(torch.nn.Module, Table):
             self._store.num_rows,
             self._grads.pieces(name),
             drop_missing=True,
-            grad_scale=1.0 / _world_size() if self.grad_reduce_by == "worker" else 1.0,
+            grad_scale=1.0 / _checks.require_world_size()
+            if self.grad_reduce_by == "worker"
+            else 1.0,
             mean=self.grad_reduce_by == "id",
         )
 
@@ -519,14 +508,6 @@ class HashTable(torch.nn.Module, Table):
     def install_pending(self, built: Any) -> None:
         """Replace the gradients."""
         self._grads.replace(built or [])
-
-
-def _world_size() -> int:
-    """Number of workers as torchrun sets it, 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"environment variable WORLD_SIZE must be a positive int, got {text!r}")
-    return int(text)
 
 
 def _require_device(device: torch.device | str) -> torch.device:

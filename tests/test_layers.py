@@ -36,7 +36,9 @@ ALLOWED = {
     "tables": LEAVES,
     "row_store": LEAVES | {"functional"},
     "lookup_grads": LEAVES | {"functional", "row_store"},
-    "hash_table": LEAVES | {"initializers", "functional", "row_store", "lookup_grads", "tables"},
+    "hooks": LEAVES,
+    "hash_table": LEAVES
+    | {"hooks", "initializers", "functional", "row_store", "lookup_grads", "tables"},
     "optim": LEAVES | {"functional", "tables", "hash_table"},
     "_doctor": LEAVES | {"functional"},
     "__init__": ANYTHING,
