@@ -264,8 +264,9 @@ class HashTable(torch.nn.Module, Table):
 
     def _accept(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
         grad = self._require_grad(self._label, "grad", grad, rows).detach()
-        if self.copy_grads:
-            grad = grad.clone(memory_format=torch.contiguous_format)
+        if self.copy_grads or grad.is_inference():  # inference tensors count no versions
+            with torch.inference_mode(False):
+                grad = grad.clone(memory_format=torch.contiguous_format)
         self._grads.append(rows, grad, ids_by_row)
 
     def _require_grad(self, name: str, what: str, grad: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -413,7 +414,12 @@ class HashTable(torch.nn.Module, Table):
     def _apply(self, fn: Any, recurse: bool = True) -> HashTable:
         """Move or convert, as ``model.to`` does: moments stay float32 (float64 with float64)."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        probe = fn(torch.empty(1, dtype=self.dtype, device=self.device))
+        if probe.device.type == "cpu" and probe.is_shared():
+            raise RuntimeError(
+                f"table {self._label!r} cannot be shared between processes: its index grows in "
+                f"the process that inserts; keep it out of share_memory()"
+            )
         dtype = _checks.require_table_dtype(self._label, probe.dtype)
         device = _require_device(probe.device)
         require_fits(self._store.distribution, dtype)

@@ -574,6 +574,24 @@ def test_accept_grad_copies_rows():
     assert table.grad().indices().tolist() == [[0, 1]]
 
 
+def test_accept_grad_in_inference_mode():
+    table = HashTable([1])
+    table(torch.arange(3))
+    with torch.inference_mode():
+        grad = torch.ones(1, 1)
+        table.accept_grad(torch.tensor([1]), grad)
+        grad.zero_()
+    assert table.grad().to_dense().flatten().tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_table_cannot_be_shared_between_processes():
+    table = HashTable([1], name="users")
+    table(torch.arange(3))
+    with pytest.raises(RuntimeError, match="'users' cannot be shared between processes"):
+        torch.nn.Sequential(table).share_memory()
+    assert len(table) == 3
+
+
 def test_a_subclass_may_have_children_and_buffers():
     class Named(HashTable):
         def __init__(self):
