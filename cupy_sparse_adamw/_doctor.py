@@ -171,7 +171,7 @@ def check_index(engine: str) -> list[str]:
     entries = torch.full((2048, 2), MISSING, device=device)
     places = torch.arange(len(expected), device=device)
     with functional.use_engine(engine):
-        rows, new_ids = functional.insert_(entries, ids.to(device), places)
+        rows, new_ids = functional.find_or_insert_(entries, ids.to(device), places)
         found = functional.find(entries, torch.cat([ids, torch.tensor(absent)]).to(device))
     problems = []
     if rows.tolist() != expected or new_ids.tolist() != list(known):

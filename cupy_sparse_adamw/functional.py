@@ -136,7 +136,7 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def insert_(
+def find_or_insert_(
     entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each id [N], giving those that are absent the next of ``new_rows``, in order.
@@ -144,7 +144,7 @@ def insert_(
     Returns:
         rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
     """
-    rows, new_ids = _engine(entries.device).insert_(entries, ids, new_rows)
+    rows, new_ids = _engine(entries.device).find_or_insert_(entries, ids, new_rows)
     return rows, new_ids
 
 

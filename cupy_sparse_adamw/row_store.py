@@ -95,7 +95,7 @@ class RowStore:
             self.reserve(self.num_rows + bound)
         new_rows = torch.arange(self.num_rows, self.num_rows + bound, device=ids.device)
         try:
-            rows, new_ids = functional.insert_(self._entries, ids, new_rows)
+            rows, new_ids = functional.find_or_insert_(self._entries, ids, new_rows)
             new_rows = new_rows[: new_ids.numel()]
             functional.scatter_(self.ids_by_row, new_rows, new_ids[:, None])
             functional.init_rows_(self.embedding, new_rows, new_ids, self.seed, self.distribution)
@@ -108,7 +108,9 @@ class RowStore:
     @staticmethod
     def _count_distinct(ids: torch.Tensor) -> int:
         scratch = _empty_index(_capacity_for(ids.numel()), ids.device)
-        _, distinct = functional.insert_(scratch, ids, torch.arange(ids.numel(), device=ids.device))
+        _, distinct = functional.find_or_insert_(
+            scratch, ids, torch.arange(ids.numel(), device=ids.device)
+        )
         return distinct.numel()
 
     # ------------------------------------------------------------------ memory
@@ -130,7 +132,7 @@ class RowStore:
     def _index(self, capacity: int) -> torch.Tensor:
         """An index of ``capacity`` entries that holds every row."""
         entries = _empty_index(capacity, self.embedding.device)
-        functional.insert_(entries, self.ids(), self.rows())
+        functional.find_or_insert_(entries, self.ids(), self.rows())
         return entries
 
     def new_moments(self) -> tuple[Slot, Slot]:
@@ -163,7 +165,7 @@ class RowStore:
         size, device = ids.numel(), ids.device
         entries = _empty_index(_capacity_for(size), device)
         rows = torch.arange(size, device=device)
-        functional.insert_(entries, ids, rows)
+        functional.find_or_insert_(entries, ids, rows)
         ids_by_row = Slot("ids", 1, self._block_size, torch.int64, device)
         ids_by_row.reserve(size)
         functional.scatter_(ids_by_row, rows, ids[:, None])

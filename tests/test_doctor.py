@@ -131,7 +131,7 @@ def gives_nan(updates, segments, right=cpu.sparse_adamw_):
         update.exp_avg_sq.values()[0][0, 0] = torch.nan
 
 
-def inserts_twice(entries, ids, new_rows, right=cpu.insert_):
+def inserts_twice(entries, ids, new_rows, right=cpu.find_or_insert_):
     rows, new_ids = right(entries, ids, new_rows)
     return rows, torch.cat([new_ids, new_ids[:1]])
 
@@ -160,7 +160,7 @@ def depends_on_neighbours(slot, rows, ids, seed, distribution, right=cpu.init_ro
         ),
         ("sparse_adamw_", eps_in_float16, "weights of a float32 table are off by nan"),
         ("sparse_adamw_", gives_nan, "exp_avg_sq of a float32 table are off by nan"),
-        ("insert_", inserts_twice, "the hash table gives ids other rows"),
+        ("find_or_insert_", inserts_twice, "the hash table gives ids other rows"),
         ("find", finds_too_much, "the hash table does not find what it holds"),
         ("init_rows_", depends_on_neighbours, "initial rows differ from the reference's"),
         ("init_rows_", depends_on_neighbours, "an initial row depends on the ids beside it"),

@@ -24,9 +24,9 @@ from cupy_sparse_adamw._types import Slot
 OPERATIONS = [
     "coalesce",
     "find",
+    "find_or_insert_",
     "gather",
     "init_rows_",
-    "insert_",
     "scatter_",
     "segment",
     "sparse_adamw_",

@@ -1,4 +1,4 @@
-"""find, insert_, gather and scatter_ on every engine, against a dict and plain indexing."""
+"""find, find_or_insert_, gather and scatter_ on every engine, against a dict and plain indexing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def empty_index(capacity: int) -> torch.Tensor:
 def test_literal_inserts(engine):
     entries = empty_index(8)
     ids = torch.tensor([7, -3, 7, 0, -3])
-    rows, new_ids = functional.insert_(entries, ids, torch.tensor([10, 20, 30, 40]))
+    rows, new_ids = functional.find_or_insert_(entries, ids, torch.tensor([10, 20, 30, 40]))
     assert rows.tolist() == [10, 20, 10, 30, 20]
     assert new_ids.tolist() == [7, -3, 0]
     assert functional.find(entries, torch.tensor([0, 1, -3])).tolist() == [30, MISSING, 20]
@@ -29,7 +29,7 @@ def test_extreme_ids(engine):
     entries = empty_index(16)
     ids = torch.tensor(EXTREMES)
     assert functional.find(entries, ids).tolist() == [MISSING] * len(EXTREMES)
-    rows, new_ids = functional.insert_(entries, ids, torch.arange(7))
+    rows, new_ids = functional.find_or_insert_(entries, ids, torch.arange(7))
     assert rows.tolist() == list(range(7))
     assert torch.equal(new_ids, ids)
     assert torch.equal(functional.find(entries, ids), rows)
@@ -44,7 +44,7 @@ def test_against_a_dict(engine):
         for id_ in ids.tolist():
             expected.setdefault(id_, len(expected))
         before = int((entries[:, 1] >= 0).sum())
-        rows, _ = functional.insert_(entries, ids, torch.arange(before, before + 120))
+        rows, _ = functional.find_or_insert_(entries, ids, torch.arange(before, before + 120))
         assert rows.tolist() == [expected[id_] for id_ in ids.tolist()]
         probes = torch.cat([ids, ids + 1])
         found = functional.find(entries, probes).tolist()
@@ -57,9 +57,9 @@ def test_engines_share_an_index():
     entries = empty_index(4096)
     ids = torch.randint(-(2**63), 2**63 - 1, (1000,))
     with functional.use_engine("cpu"):
-        functional.insert_(entries, ids[:500], torch.arange(500))
+        functional.find_or_insert_(entries, ids[:500], torch.arange(500))
     with functional.use_engine("reference"):
-        functional.insert_(entries, ids[500:], torch.arange(500, 1000))
+        functional.find_or_insert_(entries, ids[500:], torch.arange(500, 1000))
         assert torch.equal(functional.find(entries, ids), torch.arange(1000))
     with functional.use_engine("cpu"):
         assert torch.equal(functional.find(entries, ids), torch.arange(1000))
@@ -79,7 +79,7 @@ def test_pathological_ids_spread(ids):
     """Longest search for ids that a weak hash would pile up: no longer than for random ones."""
     with functional.use_engine("cpu"):
         entries = empty_index(1 << 19)
-        functional.insert_(entries, ids, torch.arange(ids.numel()))
+        functional.find_or_insert_(entries, ids, torch.arange(ids.numel()))
     taken = entries[:, 1] >= 0
     gaps = (~taken).nonzero().flatten()
     longest_cluster = int(gaps.diff().max())

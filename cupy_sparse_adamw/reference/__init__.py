@@ -5,15 +5,15 @@ runs them on the same cases.
 """
 
 from .adamw import coalesce, segment, sparse_adamw_
-from .index import find, gather, insert_, scatter_
+from .index import find, find_or_insert_, gather, scatter_
 from .random import init_rows_
 
 __all__ = [
     "coalesce",
     "find",
+    "find_or_insert_",
     "gather",
     "init_rows_",
-    "insert_",
     "scatter_",
     "segment",
     "sparse_adamw_",

@@ -1,16 +1,16 @@
 """The CPU engine: Numba loops over blocks of rows, compiled at first use and cached on disk."""
 
 from .adamw import coalesce, sparse_adamw_
-from .index import find, gather, insert_, scatter_
+from .index import find, find_or_insert_, gather, scatter_
 from .random import init_rows_
 from .segment import segment
 
 __all__ = [
     "coalesce",
     "find",
+    "find_or_insert_",
     "gather",
     "init_rows_",
-    "insert_",
     "scatter_",
     "segment",
     "sparse_adamw_",

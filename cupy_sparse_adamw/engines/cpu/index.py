@@ -100,7 +100,7 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def insert_(
+def find_or_insert_(
     entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each id, giving those that are absent the next of ``new_rows``, in order.
