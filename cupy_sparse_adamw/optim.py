@@ -275,13 +275,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         groups = self._require_groups(state_dict)
-        accumulation = state_dict.get("accumulation", {})
-        for key, value in (("state", state_dict["state"]), ("accumulation", accumulation)):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"the saved {key!r} must be a dict, got {type(value).__name__}")
+        accumulation = _require_dict("accumulation", state_dict.get("accumulation", {}))
         steps = require_int("grad_accum_steps", accumulation.get("grad_accum_steps", 1), 1)
         accumulated = require_int("accumulated", accumulation.get("accumulated", 0), 0)
-        saved_states, saved_grads = state_dict["state"], accumulation.get("grads", {})
+        saved_states = _require_dict("state", state_dict["state"])
+        saved_grads = _require_dict("grads", accumulation.get("grads", {}))
         for name in (*saved_states, *saved_grads):
             if name not in self._tables:
                 raise ValueError(
@@ -374,6 +372,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():
             claim(table, self)  # the copies' owner is the copy
+
+
+def _require_dict(key: str, saved: Any) -> Mapping[str, Any]:
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the saved {key!r} must be a dict, got {type(saved).__name__}")
+    return saved
 
 
 def _require_no_amsgrad(amsgrad: Any) -> None:

@@ -223,16 +223,15 @@ def test_parallel_for_ends_only_when_all_parts_have(monkeypatch):
             raise interrupts.pop()
         return real_wait(futures)
 
-    monkeypatch.setattr(_threads, "num_parts", lambda size, grain: 2)
-    assert _threads.parallel_for(part, 2, 1, False) == [0, 1]
+    assert _threads.parallel_for(part, 2, 2, False) == [0, 1]
     ended.clear()
     with pytest.raises(ValueError, match="first part fails"):
-        _threads.parallel_for(part, 2, 1, True)
+        _threads.parallel_for(part, 2, 2, True)
     assert ended == [1]
     ended.clear()
     monkeypatch.setattr(concurrent.futures, "wait", interrupted_wait)
     with pytest.raises(KeyboardInterrupt):
-        _threads.parallel_for(part, 2, 1, False)
+        _threads.parallel_for(part, 2, 2, False)
     assert sorted(ended) == [0, 1]
     assert not interrupts
 

@@ -26,21 +26,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_parts(size: int, grain: int) -> int:
-    """How many parts ``parallel_for`` cuts ``size`` items into: torch's thread count at most.
+    """How many parts to cut ``size`` items into: one a thread of torch (torch.set_num_threads).
 
-    No part has fewer than ``grain`` items, since waking a thread costs tens of microseconds.
+    No part has fewer than ``grain`` items, since waking a thread costs tens of microseconds. Ask
+    once for all that a call allocates and runs: another thread may change torch's number.
     """
     return max(1, min(torch.get_num_threads(), size // max(grain, 1)))
 
 
-def parallel_for(kernel: Callable[..., int], size: int, grain: int, *args: Any) -> list[int]:
-    """Call ``kernel(part, begin, end, *args)`` on consecutive parts that cover [0, size).
+def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) -> list[int]:
+    """Call ``kernel(part, begin, end, *args)`` on ``parts`` consecutive parts of [0, size).
 
     Returns what the calls returned, in order of their parts. An exception in any part is raised
     after all have ended.
     """
     global _pool
-    parts = num_parts(size, grain)
     if parts == 1:
         return [kernel(0, 0, size, *args)]
     if _pool is None:

@@ -313,7 +313,8 @@ def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
         TAGS[segments.grad_dtype],
     )
     if len(partials):
-        parallel_for(_sum_chunks, len(partials), 1, grads, segments.dim)
+        parts = num_parts(len(partials), 1)
+        parallel_for(_sum_chunks, len(partials), parts, grads, segments.dim)
     return grads
 
 
@@ -355,11 +356,12 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
         TAGS[dtype],
         TAGS[moment_dtype],
     )
-    size, grain = segments.words.size, max(1, GRAIN_ELEMENTS // segments.dim)
-    totals = np.empty((num_parts(size, grain), segments.dim))
+    size = segments.words.size
+    parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
+    totals = np.empty((parts, segments.dim))
     partials = np.empty((segments.num_chunks, segments.dim))
     grads = _with_chunks_summed(segments, partials)
-    parallel_for(_update_runs, size, grain, grads, tables, totals)
+    parallel_for(_update_runs, size, parts, grads, tables, totals)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,18 +373,19 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     segments = segment([pending])
     partials = np.empty((segments.num_chunks, segments.dim))
     grads = _with_chunks_summed(segments, partials)
-    size, grain = segments.words.size, max(1, GRAIN_ELEMENTS // segments.dim)
-    counts = parallel_for(_count_runs, size, grain, grads)
+    size = segments.words.size
+    parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
+    counts = parallel_for(_count_runs, size, parts, grads)
     rows = np.empty(sum(counts), dtype=np.int64)
     values = torch.empty(rows.size, segments.dim, dtype=segments.grad_dtype, device="cpu")
     parallel_for(
         _store_sums,
         size,
-        grain,
+        parts,
         grads,
         pending.grad_scale,
         pending.mean,
-        np.empty((len(counts), segments.dim)),
+        np.empty((parts, segments.dim)),
         np.cumsum([0, *counts[:-1]]),
         rows,
         values.data_ptr(),

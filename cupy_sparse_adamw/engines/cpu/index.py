@@ -14,7 +14,7 @@ import torch
 from ..._types import Slot
 from ._compile import BYTE, copy_bytes, jit, prefetch, row_address, view
 from ._interop import array_of
-from ._threads import parallel_for
+from ._threads import num_parts, parallel_for
 
 #: Ids a thread takes at the least, and entries asked for ahead.
 GRAIN = 8192
@@ -96,7 +96,14 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         rows [N] int64.
     """
     rows = torch.empty_like(ids)
-    parallel_for(_find, ids.numel(), GRAIN, array_of(entries), array_of(ids), array_of(rows))
+    parallel_for(
+        _find,
+        ids.numel(),
+        num_parts(ids.numel(), GRAIN),
+        array_of(entries),
+        array_of(ids),
+        array_of(rows),
+    )
     return rows
 
 
@@ -133,7 +140,7 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
     parallel_for(
         _gather,
         rows.numel(),
-        max(1, GRAIN * 64 // row_bytes),
+        num_parts(rows.numel(), GRAIN * 64 // row_bytes),
         slot.addresses(),
         slot.block_size(),
         row_bytes,

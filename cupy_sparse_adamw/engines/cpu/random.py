@@ -29,7 +29,7 @@ import torch
 from ..._types import Distribution, DistributionKind, Slot
 from ._compile import TAGS, jit, row_address, store, view
 from ._interop import array_of
-from ._threads import parallel_for
+from ._threads import num_parts, parallel_for
 
 #: Elements a thread takes at the least: some 50 microseconds of work.
 GRAIN_ELEMENTS = 8192
@@ -258,7 +258,7 @@ def init_rows_(
     parallel_for(
         _fill_rows,
         rows.numel(),
-        max(1, GRAIN_ELEMENTS // slot.dim),
+        num_parts(rows.numel(), GRAIN_ELEMENTS // slot.dim),
         slot.addresses(),
         slot.block_size(),
         slot.dim,

@@ -112,10 +112,10 @@ def _sort(words: np.ndarray, low_bit: int, high_bit: int) -> np.ndarray:
         shift = low_bit + (high_bit - low_bit) * i // passes
         bits = low_bit + (high_bit - low_bit) * (i + 1) // passes - shift
         counts = np.empty((parts, 1 << bits), dtype=np.int64)
-        parallel_for(_count_digits, words.size, GRAIN, words, shift, counts)
+        parallel_for(_count_digits, words.size, parts, words, shift, counts)
         ends = np.cumsum(counts.T.reshape(-1)).reshape(-1, parts).T  # by digit, then by part
         places = np.ascontiguousarray(ends - counts)
-        parallel_for(_scatter_digits, words.size, GRAIN, words, shift, places, scratch)
+        parallel_for(_scatter_digits, words.size, parts, words, shift, places, scratch)
         words, scratch = scratch, words
     return words
 
@@ -157,7 +157,7 @@ def segment(pending: Sequence[Pending]) -> Segments:
     bad = parallel_for(
         _make_words,
         size,
-        GRAIN,
+        num_parts(size, GRAIN),
         words,
         position_bits,
         num_keys,
