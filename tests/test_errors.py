@@ -436,6 +436,15 @@ LOADS = {  # what is changed in a good state_dict, the text of the error
     "float64": (moments(lambda x: x.double()), "'second'.*not converted between float64"),
     "other size": ({"state.second.exp_avg_sq": lambda x: x[1:]}, "'second'.*differ in shape"),
     "accumulation 0": ({"accumulation.grad_accum_steps": 0}, "grad_accum_steps .*least 1, got 0"),
+    "state list": ({"state": []}, "saved 'state' must be a dict, got list"),
+    "entry list": ({"state.second": []}, "'second'.*saved state must be a dict"),
+    "accumulation None": ({"accumulation": None}, "saved 'accumulation' must be a dict"),
+    "grads list": ({"accumulation.grads": []}, "saved 'grads' must be a dict, got list"),
+    "piece": ({"accumulation.grads.second.0": 7}, "'second'.*gradient must be a dict, got 7"),
+    "step True": ({"state.second.step": True}, STEP),
+    "step tensor": ({"state.second.step": torch.tensor(1.5)}, STEP),
+    "amsgrad": ({f"{G1}.amsgrad": True}, "amsgrad must be False"),
+    "group": ({G1: 3}, "every saved param group must be a dict"),
     "accumulated -1": ({"accumulation.accumulated": -1}, "accumulated .*at least 0, got -1"),
 }
 NOT_IN_EMBEDDING = {
@@ -443,6 +452,7 @@ NOT_IN_EMBEDDING = {
     "of a HashTable": ({"state.second.ids": torch.arange(ROWS)}, "'second'.*HashTable"),
     "grads of one": ({"accumulation.grads.second.0": {"ids": IDS}}, "'second'.*are of a HashTable"),
     "no values": (pending(values=GONE), "'second'.*saved gradient.*values"),
+    "two pieces": ({"accumulation.grads.second": lambda x: x * 2}, "2 gradients are saved"),
     "values' width": (pending(values=lambda x: x[:, 1:]), r"'second'.*\[6, 4\], one.*\[6, 3\]"),
     "dtype": (pending(values=lambda x: x.double()), "'second'.*float32, got torch.float64"),
     "row range": (pending(indices=lambda x: x + 6), "'second'.*saved gradient.*has 6 rows"),
@@ -450,6 +460,7 @@ NOT_IN_EMBEDDING = {
 NOT_IN_HASH = {
     "unknown ids": ({"state.second.ids": lambda x: x + 99}, "'second'.*4 ids.*load the model"),
     "no ids": ({"state.second.ids": GONE}, "'second'.*no ids.*HashTable"),
+    "id twice": ({"state.second.ids": lambda x: x * 0 + x[0]}, "'second'.*name an id twice"),
     "count of ids": ({"state.second.ids": lambda x: x[1:]}, "'second': 3 ids.* 4 moments"),
     "no grad": (pending(grad=GONE), "'second'.*saved gradient.*grad"),
     "grads of none": ({"accumulation.grads.second.0": {"indices": IDS}}, "'second'.*have no ids"),
