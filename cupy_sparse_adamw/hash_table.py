@@ -377,7 +377,8 @@ class HashTable(torch.nn.Module, Table):
     ) -> None:
         saved = {key: state_dict.get(prefix + key) for key in ("ids", "embedding", "seed", "fan")}
         missing_keys += [prefix + key for key, value in saved.items() if value is None and strict]
-        rest = {k: v for k, v in state_dict.items() if k not in {prefix + key for key in saved}}
+        own = {prefix + key for key in saved}
+        rest = {key: value for key, value in state_dict.items() if key not in own}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -437,7 +438,7 @@ class HashTable(torch.nn.Module, Table):
         """The table itself."""
         return self
 
-    def moments(self, state: dict[str, Any]) -> tuple[Slot, Slot]:
+    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
         slots = self._store.slots
         if EXP_AVG not in slots:
@@ -452,7 +453,7 @@ class HashTable(torch.nn.Module, Table):
     def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """Moments by id; see ``Table.export_moments``."""
         rows = self._store.rows()
-        first, second = self.moments(state)
+        first, second = self.moments(self._label, state)
         return {
             "exp_avg": functional.gather(first, rows),
             "exp_avg_sq": functional.gather(second, rows),

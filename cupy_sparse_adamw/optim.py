@@ -118,7 +118,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._tables.update(tables)
 
     def _named_tables(self) -> Iterator[tuple[dict[str, Any], str, Table]]:
-        """(group, name, table) of every table, in the order of the groups."""
+        """(group, name, table) of every table, in the order of the groups.
+
+        Raises:
+            RuntimeError: another optimizer has taken a table over, or ``param_groups`` was changed
+                by hand so that a table is unknown or met twice.
+        """
         by_key = {id(table.key): (name, table) for name, table in self._tables.items()}
         for group in self.param_groups:
             for key in group["params"]:
@@ -128,7 +133,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                         "twice; add tables with add_params or add_param_group, which take their "
                         "names and see to it that each is updated once"
                     )
-                yield group, *by_key.pop(id(key))
+                name, table = by_key.pop(id(key))
+                require_owned(name, table, self)
+                yield group, name, table
+
+    def _names_by_group(self) -> list[list[str]]:
+        names: dict[int, list[str]] = {id(group): [] for group in self.param_groups}
+        for group, name, _ in self._named_tables():
+            names[id(group)].append(name)
+        return list(names.values())
 
     # ------------------------------------------------------------------ step
 
@@ -175,7 +188,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
         tables, grads, hypers = [], [], []
         for group, name, table in self._named_tables():
-            require_owned(name, table, self)
             pending = table.pending(name)
             if pending is not None:
                 tables.append(table)
@@ -189,7 +201,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         for table, pending, hyper in zip(tables, grads, hypers, strict=True):
             state = self.state[table.key]
             step = state.get("step", 0) + 1
-            updates.append(Update(pending, *table.moments(state), step, hyper))
+            moments = table.moments(pending.name, state)
+            updates.append(Update(pending, *moments, step, hyper))
         self._apply_updates(updates, segments)
         for table, update in zip(tables, updates, strict=True):
             self.state[table.key]["step"] = update.step
@@ -234,15 +247,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         states: dict[str, Any] = {}
-        groups: list[dict[str, Any]] = [
-            {key: value for key, value in group.items() if key != "params"} | {"params": []}
-            for group in self.param_groups
-        ]
-        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
         grads: dict[str, Any] = {}
-        for group, name, table in self._named_tables():
-            require_owned(name, table, self)
-            groups[numbers[id(group)]]["params"].append(name)
+        for _, name, table in self._named_tables():
             state = self.state.get(table.key, {})
             if state.get("step", 0):
                 states[name] = {"step": state["step"], **table.export_moments(state)}
@@ -250,7 +256,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                 grads[name] = table.export_pending(name)
         result = {
             "state": states,
-            "param_groups": groups,
+            "param_groups": [
+                {**group, "params": names}
+                for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
+            ],
             "accumulation": {
                 "grad_accum_steps": self._grad_accum_steps,
                 "accumulated": self._accumulated,
@@ -287,7 +296,6 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
         counts, moments, grads = {}, {}, {}
         for name, table in self._tables.items():
-            require_owned(name, table, self)
             if name in saved_states:
                 counts[name] = _require_step(name, saved_states[name])
                 moments[name] = table.build_moments(name, saved_states[name])
@@ -316,10 +324,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if key not in state_dict:
                 raise ValueError(f"the saved state has no {key!r}; is it SparseAdamW's state_dict?")
         saved_groups = state_dict["param_groups"]
-        names_here: list[list[str]] = [[] for _ in self.param_groups]
-        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
-        for group, name, _ in self._named_tables():
-            names_here[numbers[id(group)]].append(name)
+        names_here = self._names_by_group()
         if not all(isinstance(group, Mapping) and "params" in group for group in saved_groups):
             raise ValueError("every saved param group must be a dict with the names in 'params'")
         names_saved = [list(group["params"]) for group in saved_groups]

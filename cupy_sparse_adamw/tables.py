@@ -46,7 +46,7 @@ class Table:
         """
         raise NotImplementedError
 
-    def moments(self, state: dict[str, Any]) -> tuple[Slot, Slot]:
+    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """exp_avg and exp_avg_sq, as zeros if there are none yet."""
         raise NotImplementedError
 
@@ -104,7 +104,6 @@ class EmbeddingTable(Table):
             )
         _checks.require_table_dtype(name, weight.dtype)
         _require_contiguous(name, weight)
-        self._name = name
         self.weight = weight
         self._slots: dict[str, Slot] = {}
 
@@ -150,7 +149,7 @@ class EmbeddingTable(Table):
         piece = PendingGrad(grad._indices()[0].contiguous(), values)
         return Pending(name, self._slot("embedding", self.weight), self.weight.shape[0], [piece])
 
-    def moments(self, state: dict[str, Any]) -> tuple[Slot, Slot]:
+    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The moments in the optimizer's state, as in torch: ``exp_avg`` and ``exp_avg_sq`` [R, D].
 
         Raises:
@@ -164,7 +163,7 @@ class EmbeddingTable(Table):
             x = state[key]
             if (x.dtype, x.device, x.shape) != (dtype, weight.device, weight.shape):
                 raise RuntimeError(
-                    f"table {self._name!r}: its weight became {list(weight.shape)} "
+                    f"table {name!r}: its weight became {list(weight.shape)} "
                     f"{weight.dtype} on {weight.device} after its first update, its moments are "
                     f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
                     f"before it is trained, or make a new optimizer"

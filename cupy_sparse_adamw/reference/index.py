@@ -6,6 +6,8 @@ row below 0 marks a free entry.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .._types import MISSING, Slot
@@ -79,6 +81,16 @@ def find_or_insert_(
     return ids.new_tensor(rows), ids.new_tensor(new_ids)
 
 
+def by_block(
+    slot: Slot, rows: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each block [block_size, D], which of ``rows`` [N] lie in it (bool [N]), and where in it."""
+    block_of = rows.div(slot.block_size(), rounding_mode="floor")
+    for number, block in enumerate(slot.values()):
+        here = block_of == number
+        yield block, here, rows[here] - number * slot.block_size()
+
+
 def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
     """Copies of the named rows.
 
@@ -90,10 +102,8 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
         values [N, D] of the slot's dtype.
     """
     values = torch.zeros(rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device)
-    block_of = rows.div(slot.block_size(), rounding_mode="floor")
-    for number, block in enumerate(slot.values()):
-        here = block_of == number
-        values[here] = block[rows[here] - number * slot.block_size()]
+    for block, here, places in by_block(slot, rows):
+        values[here] = block[places]
     return values
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .._types import Distribution, DistributionKind, Slot
+from .index import by_block
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -98,7 +99,5 @@ def init_rows_(
     if slot.dtype != torch.float64:
         values = values.float()
     values = values.to(slot.dtype)
-    block_of = rows.div(slot.block_size(), rounding_mode="floor")
-    for number, block in enumerate(slot.values()):
-        here = block_of == number
-        block[rows[here] - number * slot.block_size()] = values[here]
+    for block, here, places in by_block(slot, rows):
+        block[places] = values[here]

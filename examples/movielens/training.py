@@ -105,8 +105,8 @@ class Run:
             "table_bytes": 0,
         }
 
-    def train_epoch(self, stop: StopRequest) -> bool:
-        """Train to the end of the epoch and evaluate; False if asked to stop before that."""
+    def train_epoch(self, stop: StopRequest) -> None:
+        """Train to the end of the epoch and evaluate, or to the batch after which to stop."""
         batches = self.batch_order().split(self.config.batch_size)
         label = f"{self.name} epoch {self.epoch + 1}/{self.config.epochs}"
         with tqdm(total=len(batches), initial=self.batch, desc=label, leave=False) as bar:
@@ -118,7 +118,7 @@ class Run:
                     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update()
                 if stop.received and self.batch < len(batches):
-                    return False
+                    return
         score, error = self.evaluate()
         loss_mean = self.loss_sum.item() / len(self.train)
         self.metrics["auc"].append(score)
@@ -128,7 +128,6 @@ class Run:
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
         print(f"{label}: loss {loss_mean:.4f}, held-out AUC {score:.4f}, RMSE {error:.4f}")
-        return True
 
     def batch_order(self) -> Tensor:
         """Positions of the training ratings in this epoch's order, the same for every run."""
