@@ -1,0 +1,89 @@
+"""Runs the CUDA engine on CPU tensors: its kernels, compiled by g++, thread by thread.
+
+    with emulator.active(), emulator.using(seed=7):
+        engine = emulator.load_engine()
+        ...
+
+Every launch is checked for what a GPU hides: accesses out of bounds or misaligned, races, barriers
+and warp operations that some threads miss, shared memory that was never written, waits without
+end. A launch that does any of it raises ``Fault``. What is *not* modelled: the memory model (each
+access takes effect at once), blocks that run side by side, caches, FMA contraction, flush to zero,
+approximate division, registers, and time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from cupy_sparse_adamw import functional
+
+from . import _runtime, interop
+from ._build import available
+from ._capture import capture
+from ._settings import Fault, Launch, launches, settings, using
+from .interop import register
+
+__all__ = [
+    "Fault",
+    "Launch",
+    "active",
+    "available",
+    "capture",
+    "interop",
+    "launches",
+    "load_engine",
+    "register",
+    "settings",
+    "using",
+]
+
+ENGINE = "cupy_sparse_adamw.engines.emulated"
+CUDA_ENGINE = Path(functional.__file__).parent / "engines/cuda"
+
+
+@contextlib.contextmanager
+def active() -> Iterator[None]:
+    """Within the block, new CPU tensors lie between red zones, and kernels may use them."""
+    runtime = _runtime.library()
+    launches.clear()
+    outermost = runtime.emulator_install_allocator()
+    try:
+        yield
+    finally:
+        if outermost:
+            runtime.emulator_remove_allocator()
+            runtime.emulator_unregister_all()
+        launches.clear()
+
+
+def load_engine(folder: Path = CUDA_ENGINE) -> ModuleType:
+    """The CUDA engine's code once more, on the emulator, as ``use_engine("emulated")`` finds it."""
+    if ENGINE not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            ENGINE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        module._interop = interop  # type: ignore[attr-defined]
+        sys.modules[ENGINE] = module
+        sys.modules[f"{ENGINE}._interop"] = interop
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            unload_engine()
+            raise
+    functional._MODULES["emulated"] = ".engines.emulated"
+    return sys.modules[ENGINE]
+
+
+def unload_engine() -> None:
+    """Forgets the engine, its submodules too."""
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{ENGINE}.")]:
+        del sys.modules[name]
+    functional._MODULES.pop("emulated", None)

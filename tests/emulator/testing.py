@@ -1,0 +1,61 @@
+"""What the emulator's own tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import emulator
+from emulator import interop
+
+KERNELS = Path(emulator.__file__).parent / "kernels"
+SEEDS = range(4)
+
+
+def kernel(file: str, name: str, *options: str) -> Callable[..., None]:
+    """Launches a kernel: tensors become arrays, int and bool what C++ calls by these names."""
+    code = f'#line 1 "{file}"\n' + (KERNELS / file).read_text(encoding="utf-8")
+    options = options or ("-DOFFSET=0",)
+    function = interop.RawModule(code=code, options=("-std=c++17", *options)).get_function(name)
+
+    def launch(block: int | tuple[int, ...], *args: object, grid: Any = (1,), **more: Any) -> None:
+        packed = [
+            interop.array_of(arg)
+            if isinstance(arg, torch.Tensor)
+            else np.int32(arg)
+            if type(arg) is int
+            else arg
+            for arg in args
+        ]
+        function(grid, (block,) if isinstance(block, int) else block, tuple(packed), **more)
+
+    return launch
+
+
+def ints(n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.int32)
+
+
+def line_of(code: str) -> str:
+    """Where the line of planted_faults.cu that has this code is, as faults say it."""
+    lines = (KERNELS / "planted_faults.cu").read_text(encoding="utf-8").splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if code in line)
+    return f"[planted_faults.cu:{number}]"
+
+
+def found(name: str, *args: Any, **more: Any) -> str:
+    """The fault that a launch reports: its text, after some checks."""
+    with pytest.raises(emulator.Fault) as caught:
+        kernel("planted_faults.cu", name)(*args, **more)
+    text = str(caught.value)
+    assert f": kernel {name}, block (" in text
+    return text
+
+
+def descriptor(address: int, count: int) -> np.ndarray:
+    return np.array((address, count), np.dtype([("a", np.uint64), ("n", np.int32)], align=True))
