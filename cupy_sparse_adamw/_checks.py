@@ -67,11 +67,21 @@ def require_betas(betas: Any) -> tuple[Any, Any]:
     return betas[0], betas[1]
 
 
+def require_lr(lr: Any) -> float | torch.Tensor:
+    """A learning rate, finite and at least 0; one on a GPU is not read, so not checked either."""
+    if not isinstance(lr, torch.Tensor):
+        return require_number("lr", lr, 0.0)
+    rate: torch.Tensor = lr.detach()
+    if rate.device.type == "cpu" or rate.numel() != 1:
+        require_number("lr", rate, 0.0)
+    return rate
+
+
 def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
     """The settings of a param group, each finite and in its range."""
     betas = require_betas(group["betas"])
     return Hyperparams(
-        require_number("lr", group["lr"], 0.0),
+        require_lr(group["lr"]),
         require_number("beta1", betas[0], 0.0, 1.0, below_high=True),
         require_number("beta2", betas[1], 0.0, 1.0, below_high=True),
         require_number("eps", group["eps"], 0.0),

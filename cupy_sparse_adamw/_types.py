@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,17 +47,20 @@ class Slot:
         self.dtype = dtype
         self.device = device
         self._slabs: list[torch.Tensor] = []  # each [k * block_size, D], contiguous
+        self._held = 0  # rows of all slabs
         self._addresses: np.ndarray | None = None
+        self._block_table: torch.Tensor | None = None
 
     @classmethod
     def over(cls, name: str, weight: torch.Tensor) -> Slot:
         """The slot whose only block is ``weight`` [R, D] (contiguous) itself."""
         slot = cls(name, weight.shape[1], max(weight.shape[0], 1), weight.dtype, weight.device)
-        slot._slabs.append(weight)
+        slot._append(weight)
         return slot
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_addresses": None}  # addresses mean nothing in a copy
+        # Addresses mean nothing in a copy.
+        return {**self.__dict__, "_addresses": None, "_block_table": None}
 
     def name(self) -> str:
         """The slot's name."""
@@ -72,7 +76,7 @@ class Slot:
 
     def num_rows(self) -> int:
         """Rows that memory is held for, in use or not."""
-        return sum(slab.shape[0] for slab in self._slabs)
+        return self._held
 
     def nbytes(self) -> int:
         """Bytes of memory held."""
@@ -91,7 +95,8 @@ class Slot:
     def to(self, device: torch.device, dtype: torch.dtype) -> Slot:
         """The same rows on another device or in another dtype; shared where nothing changes."""
         moved = Slot(self._name, self.dim, self._block_size, dtype, device)
-        moved._slabs = [slab.to(device=device, dtype=dtype) for slab in self._slabs]
+        for slab in self._slabs:
+            moved._append(slab.to(device=device, dtype=dtype))
         return moved
 
     def addresses(self) -> np.ndarray:
@@ -99,6 +104,16 @@ class Slot:
         if self._addresses is None:
             self._addresses = np.array([b.data_ptr() for b in self.values()], dtype=np.int64)
         return self._addresses
+
+    def has_block_table(self) -> bool:
+        """Whether ``block_table`` is there, so that asking for it copies nothing."""
+        return self._block_table is not None
+
+    def block_table(self) -> torch.Tensor:
+        """``addresses`` as a tensor on the slot's device, [blocks] int64. Kept as long."""
+        if self._block_table is None:
+            self._block_table = torch.tensor(self.addresses(), device=self.device)
+        return self._block_table
 
     def reserve(self, rows: int) -> None:
         """Hold zeroed memory for at least ``rows`` rows; existing rows stay where they are."""
@@ -110,8 +125,42 @@ class Slot:
             slab = torch.zeros(
                 blocks * self._block_size, self.dim, dtype=self.dtype, device=self.device
             )
+        self._append(slab)
+
+    def _append(self, slab: torch.Tensor) -> None:
         self._slabs.append(slab)
-        self._addresses = None
+        self._held += slab.shape[0]
+        self._addresses = self._block_table = None
+
+
+@dataclasses.dataclass
+class RowIndex:
+    """Which row each id has, and which rows are free; all on one device.
+
+    Attributes:
+        entries: [C, 2] int64 (id, row), C a power of two, open addressing with linear probing; a
+            row below 0 (``MISSING``) marks a free entry.
+        counters: [3] int64: rows numbered so far, which is the next fresh row; free rows among
+            them; and room for the CUDA engine to count in, 0 between calls.
+        free_rows: [F] int64, of which the first ``counters[1]`` are free rows. New ids take them
+            from the end of that part, and fresh rows once there are none.
+    """
+
+    entries: torch.Tensor
+    counters: torch.Tensor
+    free_rows: torch.Tensor
+
+    def next_rows(self, count: int) -> torch.Tensor:
+        """The rows [count] int64 that the next new ids get, in order. Waits for the device."""
+        numbered, free, _ = self.counters.tolist()
+        reused = self.free_rows[max(free - count, 0) : free].flip(0)
+        fresh = count - reused.numel()
+        return torch.cat([reused, numbered + torch.arange(fresh, device=reused.device)])
+
+    def take_rows(self, count: int) -> None:
+        """Count the first ``count`` of ``next_rows`` as given. Waits for the device."""
+        reused = min(count, int(self.counters[1]))
+        self.counters += self.counters.new_tensor([count - reused, -reused, 0])
 
 
 class PendingGrad(NamedTuple):
@@ -125,9 +174,12 @@ class PendingGrad(NamedTuple):
 
 
 class Hyperparams(NamedTuple):
-    """The settings of one param group in one step, as Python floats."""
+    """The settings of one param group in one step: Python floats; ``lr`` may be a tensor.
 
-    lr: float
+    An ``lr`` [] or [1] on a CUDA device is read there, so that a captured step follows it.
+    """
+
+    lr: float | torch.Tensor
     beta1: float
     beta2: float
     eps: float
@@ -141,11 +193,15 @@ class Pending:
     Attributes:
         name: the table's name, for error texts.
         param: the weights.
-        num_rows: R; a row outside [0, R) is an IndexError.
+        num_rows: R, or a bound on it that memory is held for; a row outside [0, R) is an
+            IndexError.
         pieces: the gradients in order of occurrence, all of one dtype.
         drop_missing: rows equal to ``MISSING`` are dropped rather than out of range.
         grad_scale: factor on the sum of a row's gradients (1 / WORLD_SIZE).
         mean: divide a row's sum by its number of occurrences (``grad_reduce_by="id"``).
+        row_count: [1] int64 on the table's device: R, where ``num_rows`` is only a bound on it.
+        fault: [2] int64 on the table's device (flag, row), where an engine that cannot raise at
+            once notes a row out of range; None if nobody will ask.
     """
 
     name: str
@@ -155,20 +211,36 @@ class Pending:
     drop_missing: bool = False
     grad_scale: float = 1.0
     mean: bool = False
+    row_count: torch.Tensor | None = None
+    fault: torch.Tensor | None = None
+
+    def count_rows(self) -> int:
+        """R itself. Waits for the device where only it knows."""
+        return self.num_rows if self.row_count is None else int(self.row_count)
 
 
 @dataclasses.dataclass
 class Update:
     """One table's part of ``sparse_adamw_``: its gradients, its moments and this step's scalars.
 
-    ``step`` is t after this update, so at least 1.
+    ``step`` [] int64 on the table's device is t before this update, which advances it by 1.
     """
 
     pending: Pending
     exp_avg: Slot
     exp_avg_sq: Slot
-    step: int
+    step: torch.Tensor
     hyper: Hyperparams
+
+
+class RowReport(Protocol):
+    """What a step that could not raise at once will say of its rows."""
+
+    def ready(self) -> bool:
+        """Whether the answer is there. Never waits."""
+
+    def error(self) -> IndexError | None:
+        """The error of a row that was out of range, if there was one. Waits for the answer."""
 
 
 class DistributionKind(enum.IntEnum):
@@ -213,3 +285,41 @@ class Distribution(NamedTuple):
         if least > greatest:
             least = greatest = nearest
         return least.item(), greatest.item()
+
+    def plan(self, dtype: torch.dtype) -> Plan:
+        """How engines draw from it for a table of ``dtype``."""
+        return _plan(self, dtype)
+
+
+class Plan(NamedTuple):
+    """How a share u in (0, 1) becomes a value: the quantile of p = ``start`` + ``step`` u.
+
+    The value is p itself or, if ``normal``, ``loc`` + ``scale`` times the standard normal quantile
+    of p; then it is cut to [``least``, ``greatest``], see ``Distribution.limits``.
+    """
+
+    normal: bool
+    start: float
+    step: float
+    loc: float
+    scale: float
+    least: float
+    greatest: float
+
+
+@functools.lru_cache(maxsize=256)  # a lookup may bring a single new row
+def _plan(distribution: Distribution, dtype: torch.dtype) -> Plan:
+    kind, *numbers = distribution
+    loc, scale, low, high = map(float, numbers)  # an int would compile another kernel
+    limits = distribution.limits(dtype)
+    if kind == DistributionKind.CONSTANT:
+        return Plan(False, loc, 0.0, 0.0, 1.0, *limits)
+    if kind == DistributionKind.UNIFORM:
+        return Plan(False, low, high - low, 0.0, 1.0, *limits)
+    if kind == DistributionKind.NORMAL:
+        return Plan(True, 0.0, 1.0, loc, scale, *limits)
+    # An interval that lies mostly above the mean goes through its mirror image below: there its
+    # probabilities are small numbers with all their digits, here they crowd against 1.
+    sign = 1.0 if low - loc <= loc - high else -1.0
+    start, stop = (math.erfc(sign * (loc - x) / scale / math.sqrt(2.0)) / 2.0 for x in (low, high))
+    return Plan(True, start, stop - start, loc, sign * scale, *limits)

@@ -2,13 +2,15 @@
 
 Each operation has the same name and keyword signature here, in ``reference`` and in each package
 under ``engines``. Tensors of one call live on one device. What users pass in is checked before it
-gets here (``_checks``): rows are in range, dtypes and shapes fit. Only ``segment`` checks rows,
-since the engines can do that on the way.
+gets here (``_checks``): rows are in range, dtypes and shapes fit. Only the rows of gradients are
+checked by the engines, since they can do that on the way: at once where nothing waits for a device
+(``segment`` raises), else by a report that the step after may ask (``sparse_adamw_``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import warnings
 from collections import defaultdict
@@ -18,8 +20,9 @@ from typing import Any
 
 import torch
 
-from ._types import Distribution, Pending, Slot, Update
+from ._types import Distribution, Pending, RowIndex, RowReport, Slot, Update
 
+#: Engine -> its module, absolute or relative to this package.
 _MODULES = {"reference": ".reference", "cpu": ".engines.cpu", "cuda": ".engines.cuda"}
 _chosen: str | None = None
 _warned = False
@@ -55,9 +58,14 @@ def load_engine(name: str) -> ModuleType:
     if name not in _MODULES:
         raise ValueError(f"engine must be one of {', '.join(_MODULES)}, got {name!r}")
     try:
-        return importlib.import_module(_MODULES[name], __package__)
+        return _import(_MODULES[name])
     except ImportError as error:
         raise RuntimeError(f"the {name} engine cannot load: {error}") from error
+
+
+@functools.cache  # asked by every operation
+def _import(module: str) -> ModuleType:
+    return importlib.import_module(module, __package__)
 
 
 def _engine(device: torch.device) -> Any:
@@ -109,15 +117,24 @@ def segment(pending: Sequence[Pending]) -> Segments:
     return Segments(result)
 
 
-def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
-    """Apply one AdamW step to the rows that ``segments`` names. Nothing else is written.
+def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> list[RowReport]:
+    """Apply one AdamW step to the rows that ``segments`` names, and advance each table's t by 1.
+
+    Nothing else is written.
 
     Args:
         updates: the tables, in the order in which ``segment`` got them.
         segments: their gradients.
+
+    Returns:
+        What is to be asked later, of engines that skip a row out of range instead of raising.
     """
+    reports = []
     for numbers, engine, group in segments.groups:
-        engine.sparse_adamw_([updates[n] for n in numbers], group)
+        report = engine.sparse_adamw_([updates[n] for n in numbers], group)
+        if report is not None:
+            reports.append(report)
+    return reports
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,15 +154,36 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def find_or_insert_(
-    entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each id [N], giving those that are absent the next of ``new_rows``, in order.
+    index: RowIndex,
+    ids: torch.Tensor,
+    ids_by_row: Slot,
+    embedding: Slot,
+    seed: int,
+    distribution: Distribution,
+) -> torch.Tensor:
+    """Find each id [N] int64; one that is absent gets a row, its id noted and its values drawn.
+
+    The caller holds entries and memory for all that are absent. Which row a new id gets is the
+    engine's choice: a free one if there is one, else a fresh one. If it raises, ``index`` may hold
+    rows that are half made: the caller builds it anew.
 
     Returns:
-        rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
+        rows [N] int64.
     """
-    rows, new_ids = _engine(entries.device).find_or_insert_(entries, ids, new_rows)
-    return rows, new_ids
+    rows: torch.Tensor = _engine(index.entries.device).find_or_insert_(
+        index, ids, ids_by_row, embedding, seed, distribution
+    )
+    return rows
+
+
+def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """Put ids [n] int64, distinct and absent, with their rows [n] into the index [C, 2] int64."""
+    _engine(entries.device).insert_(entries, ids, rows)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on the device now is recorded into a CUDA graph rather than done."""
+    return bool(_engine(device).is_capturing(device))
 
 
 def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:

@@ -201,6 +201,7 @@ class HashTable(torch.nn.Module, Table):
 
         Raises:
             TypeError: ids are no integers, or admit_hook is no AdmitHook.
+            RuntimeError: rows may appear, and a CUDA graph is being captured.
         """
         if admit_hook is not None and not isinstance(admit_hook, AdmitHook):
             raise TypeError(
@@ -319,13 +320,14 @@ class HashTable(torch.nn.Module, Table):
         return Pending(
             name,
             self._store.embedding,
-            self._store.num_rows,
+            self._store.num_rows_bound,
             self._grads.pieces(name),
             drop_missing=True,
             grad_scale=1.0 / _checks.require_world_size()
             if self.grad_reduce_by == "worker"
             else 1.0,
             mean=self.grad_reduce_by == "id",
+            row_count=self._store.row_count,
         )
 
     def clear_pending(self, set_to_none: bool = True) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from . import functional
-from ._checks import require_betas, require_hyperparams, require_int
-from ._types import Update
+from ._checks import require_betas, require_hyperparams, require_int, row_error
+from ._types import Hyperparams, Pending, RowReport, Update
 from .tables import Table, as_table, claim, require_owned
 
 
@@ -39,6 +39,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._tables: dict[str, Table] = {}
         self._grad_accum_steps = 1
         self._accumulated = 0  # micro-batches since the last update
+        self._reports: list[RowReport] = []  # of updates whose rows are still being checked
         super().__init__([{"params": param_dict}], defaults)
 
     # ------------------------------------------------------------------ tables and groups
@@ -164,6 +165,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         weights, moments and counters of all tables are what they were. (Ctrl-C in the update itself
         may come between two tables.)
 
+        On a GPU nothing is read back in a step, so a row out of range is skipped, and the first
+        ``step()`` that finds this reported raises the IndexError, as does ``state_dict()``.
+
         Args:
             closure: re-evaluates the model and returns the loss.
 
@@ -171,11 +175,14 @@ class SparseOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is dense or was changed since backward, or another optimizer
-                has taken a table over.
+            RuntimeError: a gradient is dense or was changed since backward, another optimizer
+                has taken a table over, or a CUDA graph is being captured and a replay would not be
+                such a step.
             IndexError: a gradient names a row that the table does not have.
             TypeError, ValueError: a gradient or a setting does not fit.
         """
+        if self._reports:
+            self._raise_reported()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -193,24 +200,99 @@ class SparseOptimizer(torch.optim.Optimizer):
                 tables.append(table)
                 grads.append(pending)
                 hypers.append(settings[id(group)])
+        if any(functional.is_capturing(device) for device in {table.device for table in tables}):
+            self._require_capturable(tables, grads, hypers)
         if not last:
             self._accumulated += 1
             return
+        for table, pending in zip(tables, grads, strict=True):
+            pending.fault = self._state_on_device(table)["row_fault"]
         segments = functional.segment(grads)
         updates = []
         for table, pending, hyper in zip(tables, grads, hypers, strict=True):
             state = self.state[table.key]
-            step = state.get("step", 0) + 1
             moments = table.moments(pending.name, state)
-            updates.append(Update(pending, *moments, step, hyper))
-        self._apply_updates(updates, segments)
-        for table, update in zip(tables, updates, strict=True):
-            self.state[table.key]["step"] = update.step
+            updates.append(Update(pending, *moments, state["step"], hyper))
+        self._reports += self._apply_updates(updates, segments)
         self._accumulated = 0
 
-    def _apply_updates(self, updates: list[Update], segments: functional.Segments) -> None:
+    def _apply_updates(
+        self, updates: list[Update], segments: functional.Segments
+    ) -> list[RowReport]:
         """The update rule: writes weights and moments of the rows in ``segments``."""
         raise NotImplementedError
+
+    def _state_on_device(self, table: Table, t: int = 0) -> dict[str, Any]:
+        """The state of a table, with "step" and "row_fault" beside its rows; new ones begin at t.
+
+        "step" [] int64 is the number of updates, "row_fault" [2] int64 see ``Pending.fault``.
+        """
+        state: dict[str, Any] = self.state[table.key]
+        if "step" not in state:
+            with torch.inference_mode(False):  # they outlive the mode that they appear in
+                state["step"] = torch.tensor(t, dtype=torch.int64, device=table.device)
+                state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=table.device)
+        elif state["step"].device != table.device:  # a HashTable was moved
+            with torch.inference_mode(False):
+                for key in ("step", "row_fault"):
+                    state[key] = state[key].to(table.device)
+        return state
+
+    def _require_capturable(
+        self, tables: list[Table], grads: list[Pending], hypers: list[Hyperparams]
+    ) -> None:
+        """Raise RuntimeError if a replay of this step would not be what the step itself is."""
+        if self._grad_accum_steps > 1:
+            raise RuntimeError(
+                f"step() with {self._grad_accum_steps} accumulation steps cannot be captured into "
+                f"a CUDA graph: replays count no micro-batches; use set_grad_accum_steps(1), and "
+                f"capture every backward before the one step()"
+            )
+        for table, pending, hyper in zip(tables, grads, hypers, strict=True):
+            step = self.state.get(table.key, {}).get("step")
+            if step is None or step.device != table.device:
+                raise RuntimeError(
+                    f"table {pending.name!r}: its first update on {table.device} cannot be "
+                    f"captured into a CUDA graph, since every replay would start it anew; run one "
+                    f"step before capturing"
+                )
+            if isinstance(hyper.lr, torch.Tensor) and hyper.lr.device != table.device:
+                raise RuntimeError(
+                    f"table {pending.name!r}: a CUDA graph cannot follow an lr on "
+                    f"{hyper.lr.device}; use torch.tensor(lr, device={str(table.device)!r})"
+                )
+
+    # ------------------------------------------------------------------ rows out of range
+
+    @torch.compiler.disable
+    def _raise_reported(self) -> None:
+        """Raise the IndexError of an earlier update, if a report of it has come in."""
+        devices = {state["step"].device for state in self.state.values() if "step" in state}
+        if any(map(functional.is_capturing, devices)):
+            return
+        for report in self._reports[:]:
+            if report.ready():
+                if error := report.error():
+                    self._forget_faults()
+                    raise error
+                self._reports.remove(report)
+
+    def _raise_faults(self) -> None:
+        """Raise the IndexError of an earlier update, if there is one. Waits for the device."""
+        for _, name, table in self._named_tables():
+            fault = self.state.get(table.key, {}).get("row_fault")
+            flag, row = (0, 0) if fault is None else fault.tolist()
+            if flag:
+                self._forget_faults()
+                raise row_error(name, row, len(table))
+
+    def _forget_faults(self) -> None:
+        self._reports.clear()
+        for state in self.state.values():
+            if "row_fault" in state:
+                state["row_fault"].zero_()
+
+    # ------------------------------------------------------------------ gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, unless micro-batches are being accumulated."""
@@ -243,15 +325,20 @@ class SparseOptimizer(torch.optim.Optimizer):
             have no entry in "state". Moments of a HashTable are listed by id. "grads" is empty
             unless micro-batches are being accumulated: as in torch, gradients that no ``step()``
             has counted are not part of the state.
+
+        Raises:
+            IndexError: an earlier update on a GPU got a gradient of a row out of range. It is
+                raised once.
         """
+        self._raise_faults()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         states: dict[str, Any] = {}
         grads: dict[str, Any] = {}
         for _, name, table in self._named_tables():
             state = self.state.get(table.key, {})
-            if state.get("step", 0):
-                states[name] = {"step": state["step"], **table.export_moments(state)}
+            if step := int(state.get("step", 0)):
+                states[name] = {"step": step, **table.export_moments(state)}
             if self._accumulated:
                 grads[name] = table.export_pending(name)
         result = {
@@ -306,11 +393,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.param_groups[:] = groups
         self._grad_accum_steps, self._accumulated = steps, accumulated
         self.state.clear()
+        self._reports.clear()
         for name, table in self._tables.items():
             built = moments.get(name)
-            table.install_moments(self.state[table.key] if built else {}, built)
-            if built:
-                self.state[table.key]["step"] = counts[name]
+            state = self._state_on_device(table, counts[name]) if built else {}
+            table.install_moments(state, built)
             if accumulated:
                 table.install_pending(grads[name])
             elif had_pending:  # its micro-batches belong to the state that is replaced
@@ -373,6 +460,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         grads = state.pop("_grads", {})
         super().__setstate__(state)
+        self._reports = []  # what they would say is in the state as well
         for name, saved in grads.items():
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():
@@ -422,7 +510,8 @@ class SparseAdamW(SparseOptimizer):
     Args:
         param_dict: name -> HashTable, ``torch.nn.Embedding(sparse=True)``,
             ``EmbeddingBag(sparse=True)`` or such a module's weight; may be empty.
-        lr: learning rate, a float or a tensor with one element.
+        lr: learning rate, a float or a tensor with one element. A tensor on a GPU is never read by
+            the host, so its range is not checked; a captured step follows it.
         beta1: decay rate of ``exp_avg``, in [0, 1).
         beta2: decay rate of ``exp_avg_sq``, in [0, 1).
         eps: added to the denominator, at least 0.
@@ -457,5 +546,7 @@ class SparseAdamW(SparseOptimizer):
         defaults = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         super().__init__(param_dict, defaults)
 
-    def _apply_updates(self, updates: list[Update], segments: functional.Segments) -> None:
-        functional.sparse_adamw_(updates, segments)
+    def _apply_updates(
+        self, updates: list[Update], segments: functional.Segments
+    ) -> list[RowReport]:
+        return functional.sparse_adamw_(updates, segments)

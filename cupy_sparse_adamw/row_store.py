@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import functional
-from ._types import MISSING, MOMENT_DTYPE, Distribution, Slot
+from ._types import MISSING, MOMENT_DTYPE, Distribution, RowIndex, Slot
 
 EMBEDDING = "embedding"
 EXP_AVG = "sparse_adamw_exp_avg"
@@ -20,12 +20,15 @@ MIN_ENTRIES = 64
 class RowStore:
     """The contents of a HashTable.
 
+    How many rows there are is known to their device alone. Memory is held for a bound on it that
+    the host keeps, so that an ordinary lookup on a GPU does not wait: each adds its number of ids
+    to the bound, and only when that would take more memory is the number read.
+
     Attributes:
         slots: name -> Slot of width D: "embedding", and moments once there are any. Row r of every
             slot belongs to the same id.
         ids_by_row: Slot of width 1, int64: the id of each row. It is replaced, not changed, when
             rows are taken away, so whoever kept it still knows which id a row number meant.
-        num_rows: rows in use, numbered from 0.
         seed: with the id, decides a new row's values.
         distribution: what new rows are drawn from.
 
@@ -50,15 +53,40 @@ class RowStore:
         self._block_size = block_size
         self.slots = {EMBEDDING: Slot(EMBEDDING, dim, block_size, dtype, device)}
         self.ids_by_row = Slot("ids", 1, block_size, torch.int64, device)
-        self.num_rows = 0
         self.seed = seed
         self.distribution = distribution
-        self._entries = _empty_index(MIN_ENTRIES, device)  # [C, 2] int64, see engines
+        self._index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
+        self._bound = 0
 
     @property
     def embedding(self) -> Slot:
         """The embeddings."""
         return self.slots[EMBEDDING]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use. Waits for the device."""
+        numbered, free, _ = self._index.counters.tolist()
+        return int(numbered - free)
+
+    @property
+    def num_rows_bound(self) -> int:
+        """At least the rows numbered so far, and memory is held for as many. Never waits."""
+        return self._bound if self._counting_waits() else self._recount()
+
+    @property
+    def row_count(self) -> torch.Tensor:
+        """The rows numbered so far, [1] int64 on their device."""
+        return self._index.counters[:1]
+
+    def _counting_waits(self) -> bool:
+        """Whether ``_recount`` has a device to wait for. The CPU's bound is exact."""
+        return self.embedding.device.type != "cpu"
+
+    def _recount(self) -> int:
+        """The rows numbered so far, which the bound is set to. Waits for the device."""
+        self._bound = self._index.counters.tolist()[0]
+        return self._bound
 
     def ids(self) -> torch.Tensor:
         """The ids that have a row, [n] int64, by row."""
@@ -71,47 +99,49 @@ class RowStore:
     def nbytes(self) -> int:
         """Bytes of memory held, used or not."""
         slots = (self.ids_by_row, *self.slots.values())
-        return self._entries.nbytes + sum(slot.nbytes() for slot in slots)
+        return self._index.entries.nbytes + sum(slot.nbytes() for slot in slots)
 
     # ------------------------------------------------------------------ find and insert
 
     def find(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [N] of ids [N] int64; ``MISSING`` where there is none."""
-        return functional.find(self._entries, ids)
+        return functional.find(self._index.entries, ids)
 
     def find_or_insert(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [N] of ids [N] int64; absent ones get a row, with values from the distribution."""
+        """Rows [N] of ids [N] int64; absent ones get a row, with values from the distribution.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured: a replay could not take memory.
+        """
+        if functional.is_capturing(self.embedding.device):
+            raise RuntimeError(
+                "a lookup that may insert rows cannot be captured into a CUDA graph; put the "
+                "table into eval mode, or look up with AdmitHook('ReadOnly')"
+            )
+        count = ids.numel()
         with torch.inference_mode(False):  # rows outlive the mode that they appear in
+            bound = self.num_rows_bound
+            if self._has_room(bound + count) or self._has_room(self._recount() + count):
+                return self._insert(ids, count)
             rows = self.find(ids)
-            absent = rows == MISSING
-            if absent.any():
-                rows[absent] = self._insert(ids[absent])
-        return rows
+            distinct = ids[rows == MISSING].unique().numel()  # so that duplicates take no memory
+            # Where counting waits, there is to be room for the next lookup too.
+            self.reserve(self._bound + distinct + (count if self._counting_waits() else 0))
+            return self._insert(ids, distinct) if distinct else rows
 
-    def _insert(self, ids: torch.Tensor) -> torch.Tensor:
-        bound = ids.numel()
-        if not self._has_room(self.num_rows + bound):
-            bound = self._count_distinct(ids)  # so that duplicates take no memory
-            self.reserve(self.num_rows + bound)
-        new_rows = torch.arange(self.num_rows, self.num_rows + bound, device=ids.device)
+    def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
+        """``find_or_insert`` where there is room for the new ids, of which there are so many."""
+        index, counters = self._index, self._index.counters.clone()
         try:
-            rows, new_ids = functional.find_or_insert_(self._entries, ids, new_rows)
-            new_rows = new_rows[: new_ids.numel()]
-            functional.scatter_(self.ids_by_row, new_rows, new_ids[:, None])
-            functional.init_rows_(self.embedding, new_rows, new_ids, self.seed, self.distribution)
+            rows = functional.find_or_insert_(
+                index, ids, self.ids_by_row, self.embedding, self.seed, self.distribution
+            )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
-            self._entries = self._index(self._entries.shape[0])
+            index.counters.copy_(counters)
+            index.entries = self._entries(index.entries.shape[0])
             raise
-        self.num_rows += new_ids.numel()
+        self._bound += at_most
         return rows
-
-    @staticmethod
-    def _count_distinct(ids: torch.Tensor) -> int:
-        scratch = _empty_index(_capacity_for(ids.numel()), ids.device)
-        _, distinct = functional.find_or_insert_(
-            scratch, ids, torch.arange(ids.numel(), device=ids.device)
-        )
-        return distinct.numel()
 
     # ------------------------------------------------------------------ memory
 
@@ -120,19 +150,19 @@ class RowStore:
         for slot in (self.ids_by_row, *self.slots.values()):
             slot.reserve(rows)
         capacity = _capacity_for(rows)
-        if capacity > self._entries.shape[0]:
-            self._entries = self._index(capacity)
+        if capacity > self._index.entries.shape[0]:
+            self._index.entries = self._entries(capacity)
 
     def _has_room(self, rows: int) -> bool:
         slots = (self.ids_by_row, *self.slots.values())
-        return rows <= self._entries.shape[0] * MAX_LOAD and all(
+        return rows <= self._index.entries.shape[0] * MAX_LOAD and all(
             rows <= slot.num_rows() for slot in slots
         )
 
-    def _index(self, capacity: int) -> torch.Tensor:
-        """An index of ``capacity`` entries that holds every row."""
-        entries = _empty_index(capacity, self.embedding.device)
-        functional.find_or_insert_(entries, self.ids(), self.rows())
+    def _entries(self, capacity: int) -> torch.Tensor:
+        """An index [capacity, 2] that holds every row."""
+        entries = _empty_entries(capacity, self.embedding.device)
+        functional.insert_(entries, self.ids(), self.rows())
         return entries
 
     def new_moments(self) -> tuple[Slot, Slot]:
@@ -163,9 +193,9 @@ class RowStore:
             values: [n, D] of the embedding's dtype; None if n is 0.
         """
         size, device = ids.numel(), ids.device
-        entries = _empty_index(_capacity_for(size), device)
+        index = _index_of(size, _empty_entries(_capacity_for(size), device))
         rows = torch.arange(size, device=device)
-        functional.find_or_insert_(entries, ids, rows)
+        functional.insert_(index.entries, ids, rows)
         ids_by_row = Slot("ids", 1, self._block_size, torch.int64, device)
         ids_by_row.reserve(size)
         functional.scatter_(ids_by_row, rows, ids[:, None])
@@ -180,7 +210,7 @@ class RowStore:
             elif values is not None:
                 functional.scatter_(new, rows, values)
         self.slots, self.ids_by_row = slots, ids_by_row
-        self._entries, self.num_rows = entries, size
+        self._index, self._bound = index, size
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the rows on another device, the embeddings in another dtype."""
@@ -188,10 +218,11 @@ class RowStore:
             name: slot.to(device, dtype if name == EMBEDDING else MOMENT_DTYPE[dtype])
             for name, slot in self.slots.items()
         }
-        entries = self._entries.to(device)
+        index = self._index
+        index = RowIndex(*(x.to(device) for x in (index.entries, index.counters, index.free_rows)))
         if device != self.embedding.device:
             self.ids_by_row = self.ids_by_row.to(device, torch.int64)
-        self.slots, self._entries = slots, entries
+        self.slots, self._index = slots, index
 
 
 def _capacity_for(rows: int) -> int:
@@ -202,6 +233,14 @@ def _capacity_for(rows: int) -> int:
     return capacity
 
 
-def _empty_index(capacity: int, device: torch.device) -> torch.Tensor:
+def _empty_entries(capacity: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.full((capacity, 2), MISSING, device=device)
+
+
+def _index_of(rows: int, entries: torch.Tensor) -> RowIndex:
+    """The index of rows 0 to ``rows`` - 1, none of them free."""
+    with torch.inference_mode(False):
+        counters = torch.zeros(3, dtype=torch.int64, device=entries.device)
+        counters[0] = rows
+        return RowIndex(entries, counters, counters.new_empty(0))

@@ -37,6 +37,15 @@ class Table:
         """What ``param_groups`` holds and ``optimizer.state`` is keyed by."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows live."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """R, the number of rows. May wait for the device."""
+        raise NotImplementedError
+
     def pending(self, name: str) -> Pending | None:
         """The gradients of this step, checked; None if there are none.
 
@@ -114,6 +123,14 @@ class EmbeddingTable(Table):
     def key(self) -> Any:
         """The weight."""
         return self.weight
+
+    @property
+    def device(self) -> torch.device:
+        """The weight's device."""
+        return self.weight.device
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
 
     def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
         """The slot over a tensor [R, D], kept while the tensor's memory and dtype stay."""

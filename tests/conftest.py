@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+import emulator
 import pytest
 import torch
 
 from cupy_sparse_adamw import functional
 
-ENGINES = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ENGINES = [
+    "reference",
+    "cpu",
+    pytest.param("emulated", marks=pytest.mark.emulated),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test on every engine, its tensors on the engine's device."""
+    """Runs a test on every engine, its tensors on the engine's device.
+
+    "emulated" is the CUDA engine on CPU tensors: its kernels run on the CPU (tests/emulator).
+    """
     device = "cuda" if request.param == "cuda" else "cpu"
-    with functional.use_engine(request.param), torch.device(device):
+    with contextlib.ExitStack() as stack:
+        if request.param == "emulated":
+            emulator.load_engine()
+            stack.enter_context(emulator.active())
+        stack.enter_context(functional.use_engine(request.param))
+        stack.enter_context(torch.device(device))
         yield request.param
 
 
@@ -51,8 +66,10 @@ def why_no_gpu() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked gpu where there is no GPU."""
+    """Skip tests marked gpu where there is no GPU, and emulated ones where none can be played."""
     if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+    if item.get_closest_marker("emulated") and (reason := emulator.available()):
         pytest.skip(reason)
 
 

@@ -77,7 +77,7 @@ def snapshot(optimizer, tables):
         values |= {f"moment {i}": x for i, x in enumerate(moments) if x.any()}  # none means zeros
         values |= {f"pending {i}": x for i, x in enumerate(grads)}
         result[name] = {key: (x.dtype, x.shape, bits(x).tolist()) for key, x in values.items()}
-        result[name]["step"] = state.get("step", 0)
+        result[name]["step"] = int(state.get("step", 0))
     return result
 
 

@@ -18,7 +18,6 @@ from cupy_sparse_adamw import (
     UniformInitializer,
     XavierNormalInitializer,
     filter_out_sparse_param,
-    functional,
 )
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32]
@@ -169,10 +168,10 @@ def test_reserve_takes_the_memory_at_once():
     table = normal_table(block_size=16)
     table.reserve(1000)
     addresses = table._store.embedding.addresses().tolist()
-    entries = table._store._entries
+    entries = table._store._index.entries
     table(torch.arange(1000))
     assert table._store.embedding.addresses().tolist() == addresses
-    assert table._store._entries is entries
+    assert table._store._index.entries is entries
     with pytest.raises(ValueError, match="n must be at least 0, got -1"):
         table.reserve(-1)
 
@@ -187,7 +186,7 @@ def test_a_failed_growth_changes_nothing(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "init_rows_", fail)
+        patch.setattr("cupy_sparse_adamw.engines.cpu.index.init_rows_", fail)
         with pytest.raises(KeyboardInterrupt):
             table(torch.arange(200))
     assert len(table) == 5

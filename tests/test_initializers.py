@@ -11,7 +11,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ENGINES
 
 import cupy_sparse_adamw as csa
 from cupy_sparse_adamw import functional
@@ -27,9 +26,9 @@ NORMAL = csa.NormalInitializer(2.0, 3.0)
 TRUNC_NORMAL = csa.TruncNormalInitializer(0.5, 2.0, -1.0, 4.0)
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> ModuleType:
-    return functional.load_engine(request.param)
+@pytest.fixture(name="engine")
+def module_of_engine(engine: str) -> ModuleType:
+    return functional.load_engine(engine)
 
 
 def draw(
@@ -45,7 +44,7 @@ def draw(
     """Initial values [n, dim] of ids [n], written to ``rows`` of a table, 0 to n - 1 if None."""
     ids = torch.as_tensor(ids)
     rows = torch.arange(ids.numel()) if rows is None else rows
-    slot = Slot("embedding", dim, block_size, dtype, torch.device("cpu"))
+    slot = Slot("embedding", dim, block_size, dtype, ids.device)
     slot.reserve(int(rows.max()) + 1)
     engine.init_rows_(slot, rows, ids, seed, initializer.distribution(D, BLOCK))
     return slot.value()[rows]

@@ -11,8 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import train_movielens
-from movielens import model, report, training
+for package in ("matplotlib", "tqdm"):  # the example's
+    pytest.importorskip(package)
+
+import train_movielens  # noqa: E402 - after the check of what it needs
+from movielens import model, report, training  # noqa: E402
 
 
 def test_auc_by_hand():

@@ -19,6 +19,9 @@ from cupy_sparse_adamw._types import (
     Update,
 )
 
+#: Engines that skip a row out of range, and say so in the report of the step.
+REPORT_LATE = {"cuda", "emulated"}
+
 HYPER = Hyperparams(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2)
 
 
@@ -29,13 +32,13 @@ class Table:
         zeros = torch.zeros(values.shape, dtype=MOMENT_DTYPE[values.dtype])
         self.size = values.shape[0]
         self.slots = [slot_of(x, block_size) for x in (values, zeros, zeros)]
-        self.hyper, self.t = hyper, 0
+        self.hyper, self.t = hyper, torch.tensor(0)
 
     def pending(self, *pieces, **options) -> Pending:
         return Pending(
             options.pop("name", "table"),
             self.slots[0],
-            self.size,
+            options.pop("num_rows", self.size),
             [PendingGrad(torch.as_tensor(rows), grads) for rows, grads in pieces],
             **options,
         )
@@ -46,12 +49,16 @@ class Table:
 
 
 def step(tables: list[Table], pending: list[Pending]) -> None:
+    """One update, then whatever its reports say is raised."""
     segments = functional.segment(pending)
-    updates = []
-    for table, gradients in zip(tables, pending, strict=True):
-        table.t += 1
-        updates.append(Update(gradients, *table.slots[1:], table.t, table.hyper))
-    functional.sparse_adamw_(updates, segments)
+    updates = [
+        Update(gradients, *table.slots[1:], table.t, table.hyper)
+        for table, gradients in zip(tables, pending, strict=True)
+    ]
+    for report in functional.sparse_adamw_(updates, segments):
+        if error := report.error():
+            assert report.ready()
+            raise error
 
 
 def test_by_hand(engine):
@@ -60,12 +67,14 @@ def test_by_hand(engine):
     t = 1, gradients 1 and 2 of row 1: g = 3, m = 1.5, v = 9/4, m^ = 3, v^ = 9,
     w = 1 - 0.1 (3/3 + 0.5) = 0.85. t = 2, g = -1: m = 0.25, v = 31/16, m^ = 1/3, v^ = 31/7.
     """
-    table = Table(torch.ones(3, 1, dtype=torch.float64), 2, Hyperparams(0.1, 0.5, 0.75, 0.0, 0.5))
+    hyper = Hyperparams(0.1, 0.5, 0.75, 0.0, 0.5)
+    table = Table(torch.ones(3, 1, dtype=torch.float64), 2, hyper)
     step([table], [table.pending(([1, 1], torch.tensor([[1.0], [2.0]], dtype=torch.float64)))])
     param, exp_avg, exp_avg_sq = table.values()
     assert exp_avg.flatten().tolist() == [0.0, 1.5, 0.0]
     assert exp_avg_sq.flatten().tolist() == [0.0, 2.25, 0.0]
     assert param.flatten().tolist() == pytest.approx([1.0, 0.85, 1.0], abs=1e-15)
+    assert table.t.item() == 1
 
     step([table], [table.pending(([1], torch.tensor([[-1.0]], dtype=torch.float64)))])
     param, exp_avg, exp_avg_sq = table.values()
@@ -74,6 +83,7 @@ def test_by_hand(engine):
     expected = 0.85 - 0.1 * ((1 / 3) / math.sqrt(31 / 7) + 0.5 * 0.85)
     assert param[1].item() == pytest.approx(expected, abs=1e-15)
     assert param[0].item() == param[2].item() == 1.0
+    assert table.t.item() == 2
 
 
 @pytest.mark.parametrize("dim", [1, 3, 17, 64, 130])  # 1 and 3: no vector; 17, 130: a tail
@@ -307,19 +317,42 @@ def test_missing_rows_are_dropped(engine):
     assert rows.numel() == 0
 
 
-@pytest.mark.parametrize("row", [-1, -5, 6, 2**40, -(2**63), 2**63 - 1])
-def test_row_out_of_range(engine, row):
-    """The IndexError names table and row, and comes before anything is written."""
-    good, bad = Table(torch.randn(6, 2)), Table(torch.randn(6, 2))
-    before = good.values() + bad.values()
+@pytest.mark.parametrize("bound", [6, 10])  # exact, or with ``row_count`` beside it
+@pytest.mark.parametrize("row", [-1, -5, 6, 9, 2**40, -(2**63), 2**63 - 1])
+def test_row_out_of_range(engine, row, bound):
+    """The IndexError names table and row, and comes before anything is written.
+
+    Where nothing may wait for the device it comes late: that gradient is skipped, no other is.
+    """
+    values = torch.randn(6, 2)
+    tables = good, bad = Table(values), Table(values)
+    options = {"num_rows": bound, "row_count": torch.tensor([6])} if bound > 6 else {}
     pending = [
         good.pending(([1], torch.ones(1, 2)), name="good"),
-        bad.pending(([1, row], torch.ones(2, 2)), name="bad"),
+        bad.pending(([1, row], torch.ones(2, 2)), name="bad", **options),
     ]
+    for gradients in pending:
+        gradients.fault = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(IndexError, match=rf"table 'bad'.*row {row}\b.*has 6 rows"):
         step([good, bad], pending)
-    for old, new in zip(before, good.values() + bad.values(), strict=True):
-        assert torch.equal(bits(old), bits(new))
+    late, expected = engine in REPORT_LATE, Table(values)
+    if late:
+        step([expected], [expected.pending(([1], torch.ones(1, 2)))])
+    for table in tables:
+        assert table.t.item() == expected.t.item()
+        for old, new in zip(expected.values(), table.values(), strict=True):
+            assert torch.equal(bits(old), bits(new))
+        for slot in table.slots:  # nor is anything written behind the last row
+            assert not slot.value()[6:].any()
+    assert pending[0].fault.tolist() == [0, 0]
+    assert not late or pending[1].fault.tolist() == [1, row]
+
+
+def test_coalesce_raises_at_once(engine):
+    table = Table(torch.zeros(6, 2))
+    pending = table.pending(([1, 6], torch.ones(2, 2)), name="bad")
+    with pytest.raises(IndexError, match=r"table 'bad'.*row 6\b.*has 6 rows"):
+        functional.coalesce(pending)
 
 
 def test_empty_gradients(engine):
@@ -328,6 +361,22 @@ def test_empty_gradients(engine):
     step([table], [table.pending((torch.empty(0, dtype=torch.int64), torch.empty(0, 2)))])
     for old, new in zip(before, table.values(), strict=True):
         assert torch.equal(bits(old), bits(new))
+    assert table.t.item() == 1
+
+
+def test_a_tensor_for_lr(engine):
+    """Read anew in each step: the same bits as the float that it holds."""
+    lr, values = torch.tensor(0.5), torch.randn(3, 2)
+    one = Table(values, hyper=HYPER._replace(lr=lr))
+    other = Table(values)
+    for rate in (0.5, 0.125):
+        lr.fill_(rate)
+        other.hyper = HYPER._replace(lr=rate)
+        grads = torch.randn(2, 2)
+        for table in (one, other):
+            step([table], [table.pending(([2, 0], grads))])
+    for ours, theirs in zip(one.values(), other.values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
 
 
 def test_small_epsilon_works_in_fp16(engine):

@@ -4,8 +4,9 @@ Every operation has the name and signature of its fast counterpart in ``engines`
 runs them on the same cases.
 """
 
-from .adamw import coalesce, segment, sparse_adamw_
-from .index import find, find_or_insert_, gather, scatter_
+from .adamw import coalesce, is_capturing, segment, sparse_adamw_
+from .blocks import gather, scatter_
+from .index import find, find_or_insert_, insert_
 from .random import init_rows_
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "find_or_insert_",
     "gather",
     "init_rows_",
+    "insert_",
+    "is_capturing",
     "scatter_",
     "segment",
     "sparse_adamw_",

@@ -9,7 +9,7 @@ import torch
 
 from .._checks import row_error
 from .._types import MISSING, MOMENT_DTYPE, Pending, Update
-from .index import gather, scatter_
+from .blocks import gather, scatter_
 
 
 @dataclasses.dataclass
@@ -31,11 +31,12 @@ def segment(pending: Sequence[Pending]) -> Segments:
     for table in pending:
         rows = torch.cat([piece.rows for piece in table.pieces])
         grads = torch.cat([piece.grad for piece in table.pieces]).double()
-        out_of_range = (rows < 0) | (rows >= table.num_rows)
+        num_rows = table.count_rows()
+        out_of_range = (rows < 0) | (rows >= num_rows)
         if table.drop_missing:
             out_of_range &= rows != MISSING
         if out_of_range.any():
-            raise row_error(table.name, int(rows[out_of_range][0]), table.num_rows)
+            raise row_error(table.name, int(rows[out_of_range][0]), num_rows)
         kept = rows != MISSING
         rows, grads = rows[kept], grads[kept]
         # A stable sort keeps each row's gradients in order of occurrence.
@@ -51,16 +52,17 @@ def segment(pending: Sequence[Pending]) -> Segments:
 
 
 def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
-    """Apply one AdamW step to the rows that ``segments`` names. Nothing else is written.
+    """Apply one AdamW step to the rows that ``segments`` names, then advance each table's t.
 
     Args:
         updates: the tables of one group (one dtype, one D), in the order of ``segments``.
         segments: their gradients, from ``segment``.
     """
     for update, rows, sums in zip(updates, segments.rows, segments.sums, strict=True):
-        lr, beta1, beta2, eps, weight_decay = update.hyper
-        bias_correction1 = 1 - beta1**update.step
-        bias_correction2 = 1 - beta2**update.step
+        lr, (_, beta1, beta2, eps, weight_decay) = float(update.hyper.lr), update.hyper
+        t = int(update.step) + 1
+        bias_correction1 = 1 - beta1**t
+        bias_correction2 = 1 - beta2**t
         dtype = MOMENT_DTYPE[update.pending.param.dtype]
 
         grad = sums.to(dtype)
@@ -76,6 +78,8 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
         scatter_(update.exp_avg, rows, exp_avg)
         scatter_(update.exp_avg_sq, rows, exp_avg_sq)
         scatter_(update.pending.param, rows, param.to(update.pending.param.dtype))
+    for update in updates:
+        update.step.add_(1)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,3 +90,8 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     """
     segments = segment([pending])
     return segments.rows[0], segments.sums[0].to(pending.pieces[0].grad.dtype)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

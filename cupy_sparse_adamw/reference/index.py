@@ -1,4 +1,4 @@
-"""The hash index from ids to rows, and moving rows in and out of a table's blocks.
+"""The hash index from ids to rows.
 
 Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row), C a power of two; a
 row below 0 marks a free entry.
@@ -6,11 +6,11 @@ row below 0 marks a free entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from .._types import MISSING, Slot
+from .._types import MISSING, Distribution, RowIndex, Slot
+from .blocks import scatter_
+from .random import init_rows_
 
 
 def _unsigned_shift(z: torch.Tensor, bits: int) -> torch.Tensor:
@@ -50,71 +50,48 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def find_or_insert_(
-    entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each id, giving those that are absent the next of ``new_rows``, in order.
+def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """Put ids with their rows into the index.
 
     Args:
-        entries: the index, [C, 2] int64, changed in place; the caller keeps it part empty.
-        ids: [N] int64, duplicates allowed.
-        new_rows: [M] int64, at least as many as there are absent ids.
-
-    Returns:
-        rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
+        entries: the index, [C, 2] int64, changed in place; at least one entry stays free.
+        ids: [n] int64, distinct and absent.
+        rows: [n] int64.
     """
     capacity = entries.shape[0]
-    rows: list[int] = []
-    new_ids: list[int] = []
-    for id_, entry in zip(ids.tolist(), _home(ids, capacity).tolist(), strict=True):
-        while True:
-            key, row = entries[entry].tolist()
-            if row < 0:
-                row = int(new_rows[len(new_ids)])
-                entries[entry] = ids.new_tensor([id_, row])
-                new_ids.append(id_)
-                break
-            if key == id_:
-                break
+    homes = _home(ids, capacity).tolist()
+    for id_, row, entry in zip(ids.tolist(), rows.tolist(), homes, strict=True):
+        while entries[entry, 1] >= 0:
             entry = (entry + 1) & (capacity - 1)
-        rows.append(row)
-    return ids.new_tensor(rows), ids.new_tensor(new_ids)
+        entries[entry] = entries.new_tensor([id_, row])
 
 
-def by_block(
-    slot: Slot, rows: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each block [block_size, D], which of ``rows`` [N] lie in it (bool [N]), and where in it."""
-    block_of = rows.div(slot.block_size(), rounding_mode="floor")
-    for number, block in enumerate(slot.values()):
-        here = block_of == number
-        yield block, here, rows[here] - number * slot.block_size()
-
-
-def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
-    """Copies of the named rows.
+def find_or_insert_(
+    index: RowIndex,
+    ids: torch.Tensor,
+    ids_by_row: Slot,
+    embedding: Slot,
+    seed: int,
+    distribution: Distribution,
+) -> torch.Tensor:
+    """Find each id; one that is absent gets a row, in order of first occurrence.
 
     Args:
-        slot: weights or moments of width D.
-        rows: [N] int64, in range or ``MISSING``, which reads as zeros.
+        index: changed in place; it has room for all that are absent.
+        ids: [N] int64, duplicates allowed.
+        ids_by_row: width 1, int64: a new row's id is written here.
+        embedding: a new row's initial values are written here.
+        seed: any int64.
+        distribution: what the values are drawn from.
 
     Returns:
-        values [N, D] of the slot's dtype.
+        rows [N] int64.
     """
-    values = torch.zeros(rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device)
-    for block, here, places in by_block(slot, rows):
-        values[here] = block[places]
-    return values
-
-
-def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Overwrite the named rows; of a row that is named twice the last value stays.
-
-    Args:
-        slot: changed in place.
-        rows: [N] int64, in range.
-        values: [N, D] of the slot's dtype.
-    """
-    blocks = slot.values()
-    for row, value in zip(rows.tolist(), values, strict=True):
-        blocks[row // slot.block_size()][row % slot.block_size()] = value
+    absent = ids[find(index.entries, ids) == MISSING]
+    new_ids = ids.new_tensor(list(dict.fromkeys(absent.tolist())))
+    new_rows = index.next_rows(new_ids.numel())
+    insert_(index.entries, new_ids, new_rows)
+    scatter_(ids_by_row, new_rows, new_ids[:, None])
+    init_rows_(embedding, new_rows, new_ids, seed, distribution)
+    index.take_rows(new_ids.numel())
+    return find(index.entries, ids)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .._types import Distribution, DistributionKind, Slot
-from .index import by_block
+from .blocks import by_block
 
 _LOW_32 = 0xFFFFFFFF
 

@@ -1,7 +1,7 @@
 """The CPU engine: Numba loops over blocks of rows, compiled at first use and cached on disk."""
 
-from .adamw import coalesce, sparse_adamw_
-from .index import find, find_or_insert_, gather, scatter_
+from .adamw import coalesce, is_capturing, sparse_adamw_
+from .index import find, find_or_insert_, gather, insert_, scatter_
 from .random import init_rows_
 from .segment import segment
 
@@ -11,6 +11,8 @@ __all__ = [
     "find_or_insert_",
     "gather",
     "init_rows_",
+    "insert_",
+    "is_capturing",
     "scatter_",
     "segment",
     "sparse_adamw_",

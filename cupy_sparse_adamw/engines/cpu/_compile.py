@@ -42,13 +42,14 @@ TAGS = {
 
 
 def _source_digest() -> str:
-    """Names this engine's source text, Numba and NumPy: a stale kernel can never be loaded.
+    """Names Numba, NumPy and the source text behind kernels: a stale one can never be loaded.
 
     Numba's own key is the modification time of the one file a kernel stands in, which misses
     edits to the helpers that it calls.
     """
     digest = hashlib.sha256(f"{numba.__version__} {np.__version__}".encode())
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    engine = pathlib.Path(__file__).parent
+    for path in (*sorted(engine.glob("*.py")), engine.parents[1] / "_types.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -321,20 +321,21 @@ def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
 def _scalars(update: Update) -> tuple[float, ...]:
     """What the update of a table needs, in double precision; see ``_update_row``."""
     hyper, pending = update.hyper, update.pending
+    lr, t = float(hyper.lr), update.step.item() + 1
     return (
         1.0 - hyper.beta1,
         1.0 - hyper.beta2,
-        hyper.lr / (1.0 - hyper.beta1**update.step),
-        1.0 / math.sqrt(1.0 - hyper.beta2**update.step),
+        lr / (1.0 - hyper.beta1**t),
+        1.0 / math.sqrt(1.0 - hyper.beta2**t),
         hyper.eps,
-        hyper.lr * hyper.weight_decay,
+        lr * hyper.weight_decay,
         pending.grad_scale,
         float(pending.mean),
     )
 
 
 def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
-    """Apply one AdamW step to the rows that ``segments`` names. Nothing else is written.
+    """Apply one AdamW step to the rows that ``segments`` names, then advance each table's t.
 
     Args:
         updates: the tables of one group (one dtype, one D), in the order of ``segments``.
@@ -362,6 +363,8 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
     partials = np.empty((segments.num_chunks, segments.dim))
     grads = _with_chunks_summed(segments, partials)
     parallel_for(_update_runs, size, parts, grads, tables, totals)
+    for update in updates:
+        update.step.add_(1)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -391,3 +394,8 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         values.data_ptr(),
     )
     return torch.from_numpy(rows), values
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on the device now is recorded rather than done: never on the CPU."""
+    return False

@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..._types import Slot
+from ..._types import MISSING, Distribution, RowIndex, Slot
 from ._compile import BYTE, copy_bytes, jit, prefetch, row_address, view
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
+from .random import init_rows_
 
 #: Ids a thread takes at the least, and entries asked for ahead.
 GRAIN = 8192
@@ -32,28 +33,45 @@ def _home(id_, mask):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _find(part, begin, end, entries, ids, rows):  # type: ignore[no-untyped-def]
+def _entry_of(entries, id_):  # type: ignore[no-untyped-def]
+    """The entry that holds an id, or the free one where it would go."""
     mask = entries.shape[0] - 1
+    entry = _home(id_, mask)
+    while entries[entry, 1] >= 0 and entries[entry, 0] != id_:
+        entry = (entry + 1) & mask
+    return entry
+
+
+@jit
+def _prefetch_home(entries, ids, i):  # type: ignore[no-untyped-def]
+    if i < ids.size:
+        prefetch(entries.ctypes.data + _home(ids[i], entries.shape[0] - 1) * 16)
+
+
+@jit
+def _find(part, begin, end, entries, ids, rows):  # type: ignore[no-untyped-def]
     for i in range(begin, end):
-        if i + AHEAD < end:
-            prefetch(entries.ctypes.data + _home(ids[i + AHEAD], mask) * 16)
-        entry = _home(ids[i], mask)
-        while entries[entry, 1] >= 0 and entries[entry, 0] != ids[i]:
-            entry = (entry + 1) & mask
-        rows[i] = entries[entry, 1]
+        _prefetch_home(entries, ids, i + AHEAD)
+        rows[i] = entries[_entry_of(entries, ids[i]), 1]
     return 0
 
 
 @jit
-def _insert(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-untyped-def]
-    mask = entries.shape[0] - 1
+def _insert(entries, ids, rows):  # type: ignore[no-untyped-def]
+    for i in range(ids.size):
+        _prefetch_home(entries, ids, i + AHEAD)
+        entry = _entry_of(entries, ids[i])
+        entries[entry, 0] = ids[i]
+        entries[entry, 1] = rows[i]
+
+
+@jit
+def _insert_absent(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-untyped-def]
+    """Give ids that are absent the next of ``new_rows``; returns how many got one."""
     inserted = 0
     for i in range(ids.size):
-        if i + AHEAD < ids.size:
-            prefetch(entries.ctypes.data + _home(ids[i + AHEAD], mask) * 16)
-        entry = _home(ids[i], mask)
-        while entries[entry, 1] >= 0 and entries[entry, 0] != ids[i]:
-            entry = (entry + 1) & mask
+        _prefetch_home(entries, ids, i + AHEAD)
+        entry = _entry_of(entries, ids[i])
         if entries[entry, 1] < 0:
             entries[entry, 0] = ids[i]
             entries[entry, 1] = new_rows[inserted]
@@ -107,22 +125,53 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def find_or_insert_(
-    entries: torch.Tensor, ids: torch.Tensor, new_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each id, giving those that are absent the next of ``new_rows``, in order.
+def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """Put ids with their rows into the index.
 
     Args:
-        entries: the index, [C, 2] int64, changed in place; the caller keeps it part empty.
+        entries: the index, [C, 2] int64, changed in place; at least one entry stays free.
+        ids: [n] int64, distinct and absent.
+        rows: [n] int64.
+    """
+    _insert(array_of(entries), array_of(ids), array_of(rows))
+
+
+def find_or_insert_(
+    index: RowIndex,
+    ids: torch.Tensor,
+    ids_by_row: Slot,
+    embedding: Slot,
+    seed: int,
+    distribution: Distribution,
+) -> torch.Tensor:
+    """Find each id; one that is absent gets a row, in order of first occurrence.
+
+    Args:
+        index: changed in place; it has room for all that are absent.
         ids: [N] int64, duplicates allowed.
-        new_rows: [M] int64, at least as many as there are absent ids.
+        ids_by_row: width 1, int64: a new row's id is written here.
+        embedding: a new row's initial values are written here.
+        seed: any int64.
+        distribution: what the values are drawn from.
 
     Returns:
-        rows [N] int64, and the inserted ids [n] int64: the i-th has row ``new_rows[i]``.
+        rows [N] int64.
     """
-    rows, new_ids = torch.empty_like(ids), torch.empty_like(new_rows)
-    inserted = _insert(*map(array_of, (entries, ids, new_rows, rows, new_ids)))
-    return rows, new_ids[:inserted]
+    rows = find(index.entries, ids)
+    absent = rows == MISSING
+    if not absent.any():
+        return rows
+    ids = ids[absent]
+    new_rows = index.next_rows(ids.numel())
+    found, new_ids = torch.empty_like(ids), torch.empty_like(ids)
+    arrays = map(array_of, (index.entries, ids, new_rows, found, new_ids))
+    inserted = _insert_absent(*arrays)
+    new_rows, new_ids = new_rows[:inserted], new_ids[:inserted]
+    scatter_(ids_by_row, new_rows, new_ids[:, None])
+    init_rows_(embedding, new_rows, new_ids, seed, distribution)
+    index.take_rows(inserted)
+    rows[absent] = found
+    return rows
 
 
 def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ Element j of a row is made from word j % 4 of Philox4x32-10 at counter (id, j //
     x = loc + scale * normal_quantile(x)      unless uniform
     element = x, clipped to the interval and rounded to the table's dtype
 
-All of it in float64; a 16-bit element is rounded to float32 first. Nothing but +, -, *, /, square
-root and a scalar log is used, in one order for every element, so where an element stands in a
-batch cannot show in its bits.
+``Distribution.plan`` has the numbers. All of it in float64; a 16-bit element is rounded to float32
+first. Nothing but +, -, *, /, square root and a scalar log is used, in one order for every element,
+so where an element stands in a batch cannot show in its bits.
 
 A thread takes a range of rows and cuts it into tiles of ``TILE`` counters, four elements each.
 Each stage runs over a whole tile in loops of fixed length over small buffers, which LLVM turns
@@ -19,14 +19,12 @@ into vector code whatever the width of a row. Per row 16 bytes are read and D el
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..._types import Distribution, DistributionKind, Slot
+from ..._types import Distribution, Slot
 from ._compile import TAGS, jit, row_address, store, view
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
@@ -40,18 +38,6 @@ TILE = 64
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW_32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
-
-
-class _Plan(NamedTuple):
-    """A distribution as the kernel takes it; see the formulas above."""
-
-    normal: bool
-    start: float
-    step: float
-    loc: float
-    scale: float
-    least: float
-    greatest: float
 
 
 @jit
@@ -225,24 +211,6 @@ def _fill_rows(  # type: ignore[no-untyped-def]
     return 0
 
 
-@functools.lru_cache(maxsize=256)  # a lookup may bring a single new row
-def _plan(distribution: Distribution, dtype: torch.dtype) -> _Plan:
-    kind, *numbers = distribution
-    loc, scale, low, high = map(float, numbers)  # an int would compile another kernel
-    limits = distribution.limits(dtype)
-    if kind == DistributionKind.CONSTANT:
-        return _Plan(False, loc, 0.0, 0.0, 1.0, *limits)
-    if kind == DistributionKind.UNIFORM:
-        return _Plan(False, low, high - low, 0.0, 1.0, *limits)
-    if kind == DistributionKind.NORMAL:
-        return _Plan(True, 0.0, 1.0, loc, scale, *limits)
-    # An interval that lies mostly above the mean goes through its mirror image below: there its
-    # probabilities are small numbers with all their digits, here they crowd against 1.
-    sign = 1.0 if low - loc <= loc - high else -1.0
-    start, stop = (math.erfc(sign * (loc - x) / scale / math.sqrt(2.0)) / 2.0 for x in (low, high))
-    return _Plan(True, start, stop - start, loc, sign * scale, *limits)
-
-
 def init_rows_(
     slot: Slot, rows: torch.Tensor, ids: torch.Tensor, seed: int, distribution: Distribution
 ) -> None:
@@ -265,7 +233,7 @@ def init_rows_(
         array_of(rows),
         array_of(ids),
         seed,
-        _plan(distribution, slot.dtype),
+        distribution.plan(slot.dtype),
         slot.dtype.itemsize,
         TAGS[slot.dtype],
     )

@@ -143,7 +143,7 @@ def segment(pending: Sequence[Pending]) -> Segments:
     pieces = [(table, piece) for table, p in enumerate(pending) for piece in p.pieces]
     sizes = [piece.rows.numel() for _, piece in pieces]
     piece_starts = np.cumsum([0, *sizes], dtype=np.int64)
-    first_keys = np.cumsum([0, *(p.num_rows for p in pending)], dtype=np.int64)
+    first_keys = np.cumsum([0, *(p.count_rows() for p in pending)], dtype=np.int64)
     size, num_keys = int(piece_starts[-1]), int(first_keys[-1])
     position_bits = max(size - 1, 0).bit_length()
     key_bits = num_keys.bit_length()
@@ -172,7 +172,7 @@ def segment(pending: Sequence[Pending]) -> Segments:
             number = int(np.searchsorted(piece_starts, position, side="right")) - 1
             table, piece = pieces[number]
             row = int(piece.rows[position - int(piece_starts[number])])
-            raise row_error(pending[table].name, row, pending[table].num_rows)
+            raise row_error(pending[table].name, row, pending[table].count_rows())
     words = _sort(words, position_bits, position_bits + key_bits)
     long_runs, num_chunks = _long_runs(words, position_bits, num_keys)
     first_grad = pieces[0][1].grad

@@ -1,10 +1,22 @@
-"""The CUDA engine's place: ``cuda_src/*.cu`` through ``cupy.RawModule``. It is not written yet.
+"""The CUDA engine: ``cuda_src/*.cu`` compiled by NVRTC at first use, launched through CuPy.
 
-It will offer the same operations under the same names and signatures as ``engines.cpu``.
-Importing it says so, so that ``functional`` has one way to report an engine that cannot load.
+Importing it raises ImportError, with the way out, where CuPy or a GPU is missing.
 """
 
-raise ImportError(
-    "the CUDA engine is not part of this version yet; keep tables on the CPU "
-    "(model.to('cpu'), or HashTable(..., device='cpu'))"
-)
+from .adamw import coalesce, sparse_adamw_
+from .index import find, find_or_insert_, gather, insert_, is_capturing, scatter_
+from .random import init_rows_
+from .segment import segment
+
+__all__ = [
+    "coalesce",
+    "find",
+    "find_or_insert_",
+    "gather",
+    "init_rows_",
+    "insert_",
+    "is_capturing",
+    "scatter_",
+    "segment",
+    "sparse_adamw_",
+]

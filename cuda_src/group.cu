@@ -1,0 +1,97 @@
+// Bookkeeping of a step, once per group of tables: keys to sort gradients by, each table's t and
+// the scalars that follow from it.
+
+#include "adamw_math.cuh"
+#include "group.cuh"
+
+// ------------------------------------------------------------------ descriptors under capture
+
+// A captured graph replays what its launches got by value, whatever became of host memory since.
+constexpr int WORDS = 496;  // with the other arguments below the 4,096 bytes that every GPU takes
+struct Words {
+    long long word[WORDS];
+};
+
+// target[0:count] = words; one block.
+extern "C" __global__ void store_words(Words words, long long* target, long long count) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) target[i] = words.word[i];
+}
+
+// ------------------------------------------------------------------ keys
+
+// keys[i] of the gradient at position i: its table's first key plus its row. A gradient that is
+// dropped gets `num_keys`, which sorts behind all rows. One thread per gradient; reads 8 bytes of
+// row number, writes the key.
+template <typename KEY>
+__device__ void make_keys(const Piece* pieces, long long num_pieces, const Rows* tables, KEY* keys,
+                          long long size, long long num_keys) {
+    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    const Piece& piece =
+        pieces[last_at_most(pieces, static_cast<int>(num_pieces), &Piece::first_position, i)];
+    const Rows& table = tables[piece.table];
+    const long long row = piece.rows[i - piece.first_position];
+    const long long num_rows = table.row_count ? *table.row_count : table.num_rows;
+    KEY key = static_cast<KEY>(num_keys);
+    if (row >= 0 && row < num_rows) {
+        key = static_cast<KEY>(table.first_key + row);
+    } else if (row != -1 || !table.drop_missing) {
+        // The first to get here says which row it was.
+        if (atomicExch(reinterpret_cast<unsigned long long*>(table.fault), 1ull) == 0) {
+            table.fault[1] = row;
+        }
+    }
+    keys[i] = key;
+}
+
+extern "C" __global__ void make_keys_32(const Piece* pieces, long long num_pieces,
+                                        const Rows* tables, int* keys, long long size,
+                                        long long num_keys) {
+    make_keys(pieces, num_pieces, tables, keys, size, num_keys);
+}
+
+extern "C" __global__ void make_keys_64(const Piece* pieces, long long num_pieces,
+                                        const Rows* tables, long long* keys, long long size,
+                                        long long num_keys) {
+    make_keys(pieces, num_pieces, tables, keys, size, num_keys);
+}
+
+// ------------------------------------------------------------------ t and scalars
+
+// Counts a table's update and computes its scalars in double precision; copies what its gradients'
+// rows were found to be, for the host to read later. One thread per table.
+template <typename A>
+__device__ void advance(const Table* tables, long long num_tables, Scalars<A>* scalars,
+                        long long* faults) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= num_tables) return;
+    const Table& table = tables[i];
+    const double t = static_cast<double>(++*table.step);
+    double lr = table.lr;
+    if (table.lr_address) {
+        lr = table.lr_bytes == 8 ? *static_cast<const double*>(table.lr_address)
+                                 : *static_cast<const float*>(table.lr_address);
+    }
+    Scalars<A> s;
+    s.one_minus_beta1 = static_cast<A>(1.0 - table.beta1);
+    s.one_minus_beta2 = static_cast<A>(1.0 - table.beta2);
+    s.step_size = static_cast<A>(lr / (1.0 - pow(table.beta1, t)));
+    s.inv_sqrt_correction2 = static_cast<A>(1.0 / sqrt(1.0 - pow(table.beta2, t)));
+    s.eps = static_cast<A>(table.eps);
+    s.decay = static_cast<A>(lr * table.weight_decay);
+    s.grad_scale = static_cast<A>(table.grad_scale);
+    s.mean = static_cast<A>(table.mean);
+    scalars[i] = s;
+    faults[2 * i] = table.fault[0];
+    faults[2 * i + 1] = table.fault[1];
+}
+
+extern "C" __global__ void advance_float(const Table* tables, long long num_tables,
+                                         Scalars<float>* scalars, long long* faults) {
+    advance(tables, num_tables, scalars, faults);
+}
+
+extern "C" __global__ void advance_double(const Table* tables, long long num_tables,
+                                          Scalars<double>* scalars, long long* faults) {
+    advance(tables, num_tables, scalars, faults);
+}

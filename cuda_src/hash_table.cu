@@ -1,0 +1,167 @@
+// The hash index from ids to rows: open addressing with linear probing over entries (id, row).
+//
+// A row below 0 marks an entry that holds no id: FREE, or, while ids are being inserted, the claim
+// of the batch position that will fill it. Ids are mixed by the finalizer of SplitMix64 (Steele,
+// Lea, Flood, "Fast splittable pseudorandom number generators", 2014), so sequential ids and ids
+// that agree in their low bits spread like random ones.
+//
+// An entry's row word changes only by compare-and-swap, and its id word only after that succeeded,
+// in a launch that reads no id of such an entry. So no thread ever waits for another: whoever meets
+// a claim finds the claimant's id in the batch itself.
+
+#include "blocks.cuh"
+#include "elements.cuh"
+#include "random.cuh"
+
+constexpr long long MISSING = -1;
+constexpr long long FREE = -1;
+constexpr int WARP = 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct alignas(16) Entry {
+    long long id;
+    long long row;
+};
+
+// Places in an index's counters.
+constexpr int NUM_NUMBERED = 0;  // rows numbered so far: the next fresh row
+constexpr int NUM_FREE = 1;      // rows in the free list
+constexpr int TICKETS = 2;       // rows taken in this batch
+
+// A claim of batch position i, and back. Below FREE and below what else may come to mark entries.
+__device__ __forceinline__ long long claim_of(long long i) { return -(i + 16); }
+__device__ __forceinline__ long long claimant(long long claim) { return -claim - 16; }
+
+__device__ __forceinline__ long long home(long long id, long long mask) {
+    unsigned long long z = static_cast<unsigned long long>(id);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z = z ^ (z >> 31);
+    return static_cast<long long>(z) & mask;
+}
+
+__device__ __forceinline__ long long compare_and_swap(long long* word, long long expected,
+                                                      long long desired) {
+    return static_cast<long long>(atomicCAS(reinterpret_cast<unsigned long long*>(word),
+                                            static_cast<unsigned long long>(expected),
+                                            static_cast<unsigned long long>(desired)));
+}
+
+__device__ __forceinline__ long long thread_number() {
+    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+// rows[i] = the row of ids[i], or MISSING. One thread per id; an id and its row are one access.
+extern "C" __global__ void find(const Entry* entries, long long capacity, const long long* ids,
+                                long long* rows, long long size) {
+    const long long i = thread_number(), mask = capacity - 1;
+    if (i >= size) return;
+    const long long id = ids[i];
+    long long place = home(id, mask);
+    Entry entry = entries[place];
+    while (entry.row != FREE && entry.id != id) {
+        place = (place + 1) & mask;
+        entry = entries[place];
+    }
+    rows[i] = entry.row == FREE ? MISSING : entry.row;
+}
+
+// Puts distinct ids that are not there yet, with their rows. One thread per id.
+extern "C" __global__ void insert(Entry* entries, long long capacity, const long long* ids,
+                                  const long long* rows, long long size) {
+    const long long i = thread_number(), mask = capacity - 1;
+    if (i >= size) return;
+    const long long id = ids[i];
+    long long place = home(id, mask);
+    while (compare_and_swap(&entries[place].row, FREE, rows[i]) != FREE) place = (place + 1) & mask;
+    entries[place].id = id;
+}
+
+// Finds the row of each id, or gives an absent one a row and an entry; duplicates agree on one.
+//
+// One thread per id. Of an absent id's occurrences one claims an entry and takes a row, from the
+// free list as long as there are any, else a fresh one.
+//
+// rows[i]: the row, if it is known or i is the claimant; else the claim that i met.
+// places[i]: the claimed entry if i is the claimant, else -1.
+extern "C" __global__ void find_or_claim(Entry* entries, long long capacity, const long long* ids,
+                                         long long* rows, long long* places, long long size,
+                                         long long* counters, const long long* free_rows) {
+    const long long i = thread_number(), mask = capacity - 1;
+    if (i >= size) return;
+    const long long id = ids[i];
+    long long place = home(id, mask), claimed = -1, row;
+    for (;; place = (place + 1) & mask) {
+        // Volatile: another thread may be claiming the entry at this moment.
+        row = *const_cast<volatile long long*>(&entries[place].row);
+        if (row == FREE) {
+            row = compare_and_swap(&entries[place].row, FREE, claim_of(i));
+            if (row == FREE) {
+                claimed = place;
+                break;
+            }
+        }
+        if ((row >= 0 ? entries[place].id : ids[claimant(row)]) == id) break;
+    }
+    if (claimed >= 0) {
+        const long long ticket = static_cast<long long>(
+            atomicAdd(reinterpret_cast<unsigned long long*>(&counters[TICKETS]), 1ull));
+        const long long num_free = counters[NUM_FREE];
+        row = ticket < num_free ? free_rows[num_free - 1 - ticket]
+                                : counters[NUM_NUMBERED] + ticket - num_free;
+    }
+    rows[i] = row;
+    places[i] = claimed;
+}
+
+// Carries out what find_or_claim decided: fills entries, notes which id a row belongs to, draws the
+// new rows' values, tells the other occurrences of a new id its row, and counts.
+//
+// A warp takes 32 ids, one a lane, then draws the new rows among them one by one, together. Rows of
+// claimants are read here and written nowhere, so reading one for a duplicate is no race.
+extern "C" __global__ void settle(Entry* entries, const long long* ids, long long* rows,
+                                  const long long* places, long long size, long long* counters,
+                                  char* const* id_blocks, char* const* blocks, Divisor block_rows,
+                                  long long dim, Plan plan) {
+    const long long i = thread_number();
+    const bool is_claimant = i < size && places[i] >= 0;
+    long long id = 0, row = MISSING;
+    if (i < size) {
+        id = ids[i];
+        row = rows[i];
+        if (is_claimant) {
+            entries[places[i]] = Entry{id, row};
+            *reinterpret_cast<long long*>(
+                row_address(id_blocks, block_rows, row, sizeof(long long))) = id;
+        } else if (row < 0) {
+            rows[i] = rows[claimant(row)];
+        }
+    }
+    if (i == 0) {
+        const long long taken = counters[TICKETS];
+        const long long reused = min(taken, counters[NUM_FREE]);
+        counters[NUM_FREE] -= reused;
+        counters[NUM_NUMBERED] += taken - reused;
+        counters[TICKETS] = 0;
+    }
+    const int lane = threadIdx.x % WARP;
+    for (unsigned waiting = __ballot_sync(ALL, is_claimant); waiting; waiting &= waiting - 1) {
+        const int next = __ffs(waiting) - 1;
+        const long long new_id = __shfl_sync(ALL, id, next);
+        const long long new_row = __shfl_sync(ALL, row, next);
+        auto* target =
+            reinterpret_cast<PARAM*>(row_address(blocks, block_rows, new_row, dim * sizeof(PARAM)));
+        init_row(target, new_id, static_cast<int>(dim), plan, lane, WARP);
+    }
+}
+
+// Fills rows [size] with the initial values of ids [size]. A warp per row.
+extern "C" __global__ void init_rows(char* const* blocks, Divisor block_rows, long long dim,
+                                     const long long* rows, const long long* ids, long long size,
+                                     Plan plan) {
+    const long long i = thread_number() / WARP;
+    if (i >= size) return;
+    auto* target =
+        reinterpret_cast<PARAM*>(row_address(blocks, block_rows, rows[i], dim * sizeof(PARAM)));
+    init_row(target, ids[i], static_cast<int>(dim), plan, threadIdx.x % WARP, WARP);
+}

@@ -1,0 +1,402 @@
+// The fused update: every row that gradients name is summed, updated and stored in one pass.
+//
+//     exp_avg    += (1 - beta1) * (g - exp_avg)            g: the sum of the row's gradients
+//     exp_avg_sq += (1 - beta2) * (g * g - exp_avg_sq)
+//     denom       = sqrt(exp_avg_sq / (1 - beta2^t)) + eps
+//     param      -= lr * (exp_avg / (1 - beta1^t) / denom + weight_decay * param)
+//
+// In: the group's gradients sorted by key (a row's number among all rows of the group's tables), so
+// that a row's gradients form one *run*, in order of occurrence (group.cu makes keys, torch sorts).
+//
+// Who owns what. A block owns a *tile* of TILE sorted positions and the runs that begin there; it
+// looks TILE keys ahead and back. LANES neighbouring threads (a power of two) work on one run, each
+// on VEC neighbouring columns at a time. Nothing is atomic, nothing is cleared beforehand, and no
+// grid depends on data.
+//
+// Per row of width D, in fp32: 12 D bytes read and 12 D written for weights and moments, 4 D read
+// per gradient; 16 bytes of key and position per gradient.
+//
+// Long runs. A run is summed in chunks of TILE gradients, counted from its start: a chunk in order
+// of occurrence, then the chunks' sums in eight interleaved streams, then the streams. So a row's
+// sum depends on its own gradients alone, wherever the run lies. A run of one chunk is updated
+// where it begins. Of a longer one, each chunk is summed by the tile in which the chunk begins,
+// into a place of its own in `partials`: the first chunk of the only long run that may begin in
+// tile b at 2 b + 1, a later chunk, of the only run that may have entered it, at 2 b. `finish` adds
+// them up.
+
+#include "adamw_math.cuh"
+#include "elements.cuh"
+#include "group.cuh"
+
+using Acc = Wide<PARAM>::type;
+
+// Positions per block, threads per block, gradients per chunk: all one number, so that a thread
+// holds one position, and chunk c of a run that begins in tile b begins in tile b + c.
+constexpr int TILE = 128;
+constexpr int WARP = 32;
+constexpr int STREAMS = 8;
+constexpr unsigned ALL = 0xffffffffu;
+
+// As many blocks to a multiprocessor as hide the latency of scattered rows: 32 warps, 20 in double
+// precision. Where the compiler would spill for it, or cannot, it chooses itself.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+#define OCCUPANCY __launch_bounds__(TILE, sizeof(Acc) == 4 ? 8 : 5)
+#else
+#define OCCUPANCY __launch_bounds__(TILE)
+#endif
+
+// The gradients of a group in sorted order.
+struct Sorted {
+    const KEY* keys;         // [size], ascending
+    const long long* order;  // [size]: position in order of occurrence
+    long long size;
+    long long num_keys;  // keys from here on stand for dropped gradients
+    const Piece* pieces;
+    long long num_pieces;
+
+    // Positions outside read as a key that no row has: -1 before, num_keys behind.
+    __device__ __forceinline__ KEY key(long long p) const {
+        if (p < 0) return -1;
+        return p < size ? keys[p] : static_cast<KEY>(num_keys);
+    }
+
+    // First position of the run of `key`, which is at or before `end`.
+    __device__ long long run_begin(KEY key, long long end) const {
+        long long low = 0, high = end;
+        while (low < high) {
+            const long long middle = (low + high) / 2;
+            if (keys[middle] < key) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        return low;
+    }
+};
+
+// Where a gradient is.
+struct Grad {
+    const GRAD* address;
+#if VEC == 1
+    long long stride;  // between its elements; wider accesses are for neighbours only
+#endif
+
+    __device__ __forceinline__ void locate(const Sorted& sorted, long long p) {
+        const long long i = sorted.order[p];
+        const Piece& piece = sorted.pieces[last_at_most(
+            sorted.pieces, static_cast<int>(sorted.num_pieces), &Piece::first_position, i)];
+        address = reinterpret_cast<const GRAD*>(piece.grad) +
+                  (i - piece.first_position) * piece.row_stride;
+#if VEC == 1
+        stride = piece.column_stride;
+#endif
+    }
+
+    __device__ __forceinline__ void load_at(Acc (&x)[VEC], int column) const {
+#if VEC == 1
+        load(x, address + column * stride);
+#else
+        load(x, address + column);
+#endif
+    }
+};
+
+// A sum of many terms, right to about the last bit whatever their number: `lost` is what rounding
+// took from `value` so far (Kahan, "Further remarks on reducing truncation errors", 1965).
+struct Sum {
+    Acc value[VEC] = {};
+    Acc lost[VEC] = {};
+
+    __device__ __forceinline__ void add(const Acc (&x)[VEC]) {
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) {
+            const Acc term = x[k] - lost[k];
+            const Acc next = value[k] + term;
+            lost[k] = (next - value[k]) - term;
+            value[k] = next;
+        }
+    }
+};
+
+// The sum of gradients' elements from `column` on, added in order. Four are asked for at a time,
+// since an addition waits for memory, not for the adder.
+__device__ __forceinline__ Sum sum_chunk(const Grad* grads, int count, int column) {
+    Sum sum;
+    grads[0].load_at(sum.value, column);
+#pragma unroll 1
+    for (int i = 1; i < count; i += 4) {
+        Acc x[4][VEC];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (i + k < count) grads[i + k].load_at(x[k], column);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (i + k < count) sum.add(x[k]);
+        }
+    }
+    return sum;
+}
+
+// ------------------------------------------------------------------ what becomes of a sum
+
+// An update of the row. `Row` is what a run's owner looks up once for all its columns.
+struct Updating {
+    const Table* tables;
+    long long num_tables;
+    const Scalars<Acc>* scalars;
+    long long dim;
+
+    struct Row {
+        PARAM* param;
+        Acc* exp_avg;
+        Acc* exp_avg_sq;
+        const Scalars<Acc>* scalars;
+    };
+
+    struct Before {
+        Acc param[VEC];
+        Acc exp_avg[VEC];
+        Acc exp_avg_sq[VEC];
+    };
+
+    __device__ __forceinline__ Row locate(KEY key, long long) const {
+        const int number =
+            last_at_most(tables, static_cast<int>(num_tables), &Table::first_key, key);
+        const Table& table = tables[number];
+        const long long row = key - table.first_key;
+        const long long param_bytes = dim * sizeof(PARAM), moment_bytes = dim * sizeof(Acc);
+        return Row{
+            reinterpret_cast<PARAM*>(row_address(table.param, table.block_rows, row, param_bytes)),
+            reinterpret_cast<Acc*>(row_address(table.exp_avg, table.block_rows, row, moment_bytes)),
+            reinterpret_cast<Acc*>(
+                row_address(table.exp_avg_sq, table.block_rows, row, moment_bytes)),
+            scalars + number,
+        };
+    }
+
+    // Asked for before the gradients are, so that all of a row's memory is on its way at once.
+    __device__ __forceinline__ Before before(const Row& row, int column) const {
+        Before x;
+        load(x.param, row.param + column);
+        load(x.exp_avg, row.exp_avg + column);
+        load(x.exp_avg_sq, row.exp_avg_sq + column);
+        return x;
+    }
+
+    __device__ __forceinline__ void operator()(const Row& row, int column, Before x,
+                                               const Acc (&sum)[VEC], long long count) const {
+        const Scalars<Acc> s = *global(row.scalars);
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) {
+            Acc grad = sum[k] * s.grad_scale;
+            if (s.mean != 0) grad /= static_cast<Acc>(count);
+            adamw(x.param[k], x.exp_avg[k], x.exp_avg_sq[k], grad, s);
+        }
+        store(row.exp_avg + column, x.exp_avg);
+        store(row.exp_avg_sq + column, x.exp_avg_sq);
+        store(row.param + column, x.param);
+    }
+};
+
+// A row of `values` [U, D]: the sums themselves, for HashTable.grad().
+struct Coalescing {
+    GRAD* values;
+    const long long* ranks;  // [size]: how many runs begin at or before a position, less one
+    long long dim;
+    double scale;
+    long long mean;
+
+    using Row = GRAD*;
+    struct Before {};
+
+    __device__ __forceinline__ Row locate(KEY, long long p) const {
+        return values + ranks[p] * dim;
+    }
+    __device__ __forceinline__ Before before(Row, int) const { return Before{}; }
+    __device__ __forceinline__ void operator()(Row row, int column, Before, const Acc (&sum)[VEC],
+                                               long long count) const {
+        Acc x[VEC];
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) {
+            x[k] = sum[k] * static_cast<Acc>(scale);
+            if (mean) x[k] /= static_cast<Acc>(count);
+        }
+        store(row + column, x);
+    }
+};
+
+// ------------------------------------------------------------------ tiles
+
+// Sums the runs and chunks of this block's tile; `sink` gets the sums of whole runs.
+//
+// partials [2 * tiles, dim]; long_begin [tiles] becomes the place in the tile at which a long run
+// begins, or -1.
+template <typename Sink>
+__device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink, int lanes,
+                                          int dim, Acc* partials, int* long_begin) {
+    __shared__ KEY keys[3 * TILE];    // those of the tile before, of this one and the one behind
+    __shared__ Grad grads[2 * TILE];  // of this tile, and of its last run behind it
+    __shared__ typename Sink::Row rows[TILE];
+    __shared__ int begins[TILE + 1];  // of the runs that begin here, as places in the tile
+    __shared__ int begins_in_warp[TILE / WARP];
+    __shared__ int before_tile;  // how far before the tile the run began that enters it
+    const int thread = threadIdx.x;
+    const long long tile = blockIdx.x, first = tile * TILE;
+
+    keys[thread] = sorted.key(first - TILE + thread);
+    keys[TILE + thread] = sorted.key(first + thread);
+    keys[2 * TILE + thread] = sorted.key(first + TILE + thread);
+    __syncthreads();
+
+    // Runs that begin here, dropped gradients counting as one, are numbered in order.
+    const KEY num_keys = static_cast<KEY>(sorted.num_keys);
+    const KEY key = keys[TILE + thread], last_key = keys[2 * TILE - 1];
+    const bool is_begin = key != keys[TILE + thread - 1];
+    const unsigned begin_lanes = __ballot_sync(ALL, is_begin);
+    if (thread % WARP == 0) begins_in_warp[thread / WARP] = __popc(begin_lanes);
+
+    // Where did the run begin that enters the tile? Only one of these threads finds it.
+    const KEY entering = keys[TILE];
+    const bool enters = entering == keys[TILE - 1] && entering < num_keys;
+    if (enters) {
+        if (thread > 0 && keys[thread] == entering && keys[thread - 1] != entering) {
+            before_tile = TILE - thread;
+        } else if (thread == 0 && keys[0] == entering) {
+            // Only its distance in chunks matters, and that is small again after the remainder.
+            const long long distance = first - sorted.run_begin(entering, first - TILE);
+            before_tile = TILE + static_cast<int>(distance % TILE);
+        }
+    }
+
+    if (key < num_keys) grads[thread].locate(sorted, first + thread);
+    const bool continues = keys[2 * TILE + thread] == last_key;
+    if (continues && last_key < num_keys) {
+        grads[TILE + thread].locate(sorted, first + TILE + thread);
+    }
+    const int behind = __syncthreads_count(continues);
+
+    int num_runs = 0, number = __popc(begin_lanes & ((1u << thread % WARP) - 1));
+#pragma unroll
+    for (int warp = 0; warp < TILE / WARP; ++warp) {
+        if (warp < thread / WARP) number += begins_in_warp[warp];
+        num_runs += begins_in_warp[warp];
+    }
+    if (is_begin) {
+        begins[number] = thread;
+        if (key < num_keys) rows[number] = sink.locate(key, first + thread);
+    }
+    if (thread == 0) {
+        begins[num_runs] = TILE + behind;  // the last run's end
+        // A run as long as this is the last of its tile.
+        const bool is_long = num_runs > 0 && last_key < num_keys;
+        if (!is_long) long_begin[tile] = -1;
+    }
+    __syncthreads();
+
+    // A chunk of the entering run begins here if the run goes on to a multiple of TILE.
+    const int chunk = enters ? (TILE - before_tile % TILE) % TILE : TILE;
+    const bool has_chunk = enters && keys[TILE + chunk] == entering;
+    const int num_items = num_runs + (has_chunk ? 1 : 0);
+    const int lane = thread % lanes;
+#pragma unroll 1
+    for (int item = thread / lanes; item < num_items; item += TILE / lanes) {
+        const bool is_chunk = item == num_runs;
+        const int begin = is_chunk ? chunk : begins[item];
+        if (keys[TILE + begin] >= num_keys) continue;
+        const int length = begins[is_chunk ? 0 : item + 1] - begin;
+        const bool is_long = length > TILE;
+        if (!is_chunk && item == num_runs - 1 && lane == 0) long_begin[tile] = is_long ? begin : -1;
+        if (is_chunk || is_long) {
+            Acc* partial = partials + (2 * tile + (is_chunk ? 0 : 1)) * dim;
+#pragma unroll 1
+            for (int column = lane * VEC; column < dim; column += lanes * VEC) {
+                store(partial + column, sum_chunk(grads + begin, min(length, TILE), column).value);
+            }
+        } else {
+            const typename Sink::Row row = rows[item];
+#pragma unroll 1
+            for (int column = lane * VEC; column < dim; column += lanes * VEC) {
+                const typename Sink::Before before = sink.before(row, column);
+                const Sum sum = sum_chunk(grads + begin, length, column);
+                sink(row, column, before, sum.value, length);
+            }
+        }
+    }
+}
+
+// Adds up the chunks of the long run that begins in a tile, if one does. One warp per tile.
+template <typename Sink>
+__device__ __forceinline__ void finish_tile(const Sorted& sorted, const Sink& sink, int dim,
+                                            const Acc* partials, const int* long_begin) {
+    const long long tile = static_cast<long long>(blockIdx.x) * (TILE / WARP) + threadIdx.x / WARP;
+    if (tile * TILE >= sorted.size || long_begin[tile] < 0) return;
+    const long long begin = tile * TILE + long_begin[tile];
+    const KEY key = sorted.keys[begin];
+    const long long length = sorted.run_begin(key + 1, sorted.size) - begin;
+    const int num_chunks = static_cast<int>((length + TILE - 1) / TILE);
+    const typename Sink::Row row = sink.locate(key, begin);
+#pragma unroll 1
+    for (int column = threadIdx.x % WARP * VEC; column < dim; column += WARP * VEC) {
+        const typename Sink::Before before = sink.before(row, column);
+        Sum sums[STREAMS];
+#pragma unroll 1
+        for (int c = 0; c < num_chunks; c += STREAMS) {
+#pragma unroll
+            for (int k = 0; k < STREAMS; ++k) {
+                if (c + k >= num_chunks) continue;
+                Acc x[VEC];
+                const long long place = c + k == 0 ? 2 * tile + 1 : 2 * (tile + c + k);
+                load(x, partials + place * dim + column);
+                sums[k].add(x);
+            }
+        }
+#pragma unroll
+        for (int width = STREAMS / 2; width > 0; width /= 2) {
+#pragma unroll
+            for (int k = 0; k < width; ++k) sums[k].add(sums[k + width].value);
+        }
+        sink(row, column, before, sums[0].value, length);
+    }
+}
+
+// ------------------------------------------------------------------ kernels
+
+#define SORTED_ARGS                                                              \
+    const KEY *keys, const long long *order, long long size, long long num_keys, \
+        const Piece *pieces, long long num_pieces
+#define SORTED \
+    Sorted { keys, order, size, num_keys, pieces, num_pieces }
+
+// Updates the rows of short runs, sums the chunks of long ones.
+// Grid: one block of TILE threads per tile.
+extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, long long num_tables,
+                                            const Scalars<Acc>* scalars, long long dim,
+                                            long long lanes, Acc* partials, int* long_begin) {
+    walk_tile(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(lanes),
+              static_cast<int>(dim), partials, long_begin);
+}
+
+// Updates the rows of long runs. Grid: a block of TILE threads per TILE / WARP tiles.
+extern "C" __global__ void __launch_bounds__(TILE)
+    finish(SORTED_ARGS, const Table* tables, long long num_tables, const Scalars<Acc>* scalars,
+           long long dim, const Acc* partials, const int* long_begin) {
+    finish_tile(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(dim), partials,
+                long_begin);
+}
+
+// As `update` and `finish`, with the sums for a result.
+extern "C" __global__ void OCCUPANCY coalesce(SORTED_ARGS, GRAD* values, const long long* ranks,
+                                              double scale, long long mean, long long dim,
+                                              long long lanes, Acc* partials, int* long_begin) {
+    walk_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(lanes),
+              static_cast<int>(dim), partials, long_begin);
+}
+
+extern "C" __global__ void __launch_bounds__(TILE)
+    coalesce_finish(SORTED_ARGS, GRAD* values, const long long* ranks, double scale, long long mean,
+                    long long dim, const Acc* partials, const int* long_begin) {
+    finish_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(dim),
+                partials, long_begin);
+}

@@ -1,0 +1,113 @@
+"""What kernels are told about tables and gradients: the structs of ``group.cuh``, and their way."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..._types import Slot
+from . import _interop
+from ._compile import GROUP, launch
+
+_DIVISOR = [("divisor", "i8"), ("magic", "u8"), ("shift", "i8")]
+DIVISOR = np.dtype(_DIVISOR)
+
+PIECE = np.dtype(
+    [
+        ("first_position", "i8"),
+        ("rows", "i8"),
+        ("grad", "i8"),
+        ("row_stride", "i8"),
+        ("column_stride", "i8"),
+        ("table", "i8"),
+    ]
+)
+ROWS = np.dtype(
+    [
+        ("first_key", "i8"),
+        ("num_rows", "i8"),
+        ("row_count", "i8"),
+        ("fault", "i8"),
+        ("drop_missing", "i8"),
+    ]
+)
+TABLE = np.dtype(
+    [
+        ("first_key", "i8"),
+        *_DIVISOR,
+        ("param", "i8"),
+        ("exp_avg", "i8"),
+        ("exp_avg_sq", "i8"),
+        ("step", "i8"),
+        ("fault", "i8"),
+        ("lr_address", "i8"),
+        ("lr_bytes", "i8"),
+        ("lr", "f8"),
+        ("beta1", "f8"),
+        ("beta2", "f8"),
+        ("eps", "f8"),
+        ("weight_decay", "f8"),
+        ("grad_scale", "f8"),
+        ("mean", "f8"),
+    ]
+)
+#: Words that one launch of ``store_words`` takes by value.
+WORDS = 496
+
+
+@functools.lru_cache(maxsize=1024)
+def divisor(number: int) -> tuple[int, int, int]:
+    """The fields of ``Divisor`` for a block size; blocks.cuh has the formula."""
+    shift = (number - 1).bit_length()
+    return number, -(-(1 << (63 + shift)) // number), shift
+
+
+def divisor_struct(number: int) -> np.ndarray[Any, Any]:
+    """``Divisor`` as a kernel argument by value: 0-d, which every CuPy takes."""
+    return np.array(divisor(number), dtype=DIVISOR)
+
+
+def block_table(slot: Slot) -> torch.Tensor:
+    """The addresses of a slot's blocks, on its device.
+
+    Raises:
+        RuntimeError: they are not there yet, and the stream is being captured.
+    """
+    if not slot.has_block_table() and _interop.is_capturing(slot.device):
+        raise RuntimeError(
+            "a table has grown or is new since the last step outside of CUDA graph capture; run "
+            "one step, or one lookup, before capturing"
+        )
+    return slot.block_table()
+
+
+def _store_words(words: np.ndarray[Any, Any], target: torch.Tensor) -> None:
+    struct = np.zeros((), dtype=[("word", "i8", WORDS)])
+    struct["word"][: words.size] = words
+    args = (struct, target, np.int64(words.size))
+    launch(target.device, GROUP, "store_words", 1, 128, args)
+
+
+@functools.cache
+def _load_store_words(device: torch.device) -> None:
+    """Launch the kernel once: CUDA may load it at its first launch, which a capture forbids."""
+    _store_words(np.zeros(1, dtype=np.int64), torch.empty(1, dtype=torch.int64, device=device))
+
+
+def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """A copy of an array of structs on a device, as int64 words. Nobody waits.
+
+    Under capture it is made by launches that hold the words themselves: a graph that is replayed
+    later must not read host memory, which has another use by then.
+    """
+    words = np.ascontiguousarray(array).view(np.int64)
+    if not _interop.is_capturing(device):
+        _load_store_words(device)
+        return _interop.to_device(words, device)
+    target = torch.empty(words.size, dtype=torch.int64, device=device)
+    for begin in range(0, words.size, WORDS):
+        _store_words(words[begin : begin + WORDS], target[begin : begin + WORDS])
+    return target

@@ -1,0 +1,168 @@
+"""The hash index from ids to rows, and moving rows in and out of a table's blocks.
+
+Kernels: ``cuda_src/hash_table.cu``, ``cuda_src/rows.cu``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..._types import Distribution, RowIndex, Slot
+from . import _interop
+from ._compile import UNITS, blocks_for, hash_table_variant, launch, rows_variant
+from ._group import block_table, divisor_struct
+from .random import plan_struct
+
+THREADS = 256
+WARP = 32
+#: The kernels that do not touch rows are the same for every dtype.
+_ANY = hash_table_variant(torch.float32)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph."""
+    return _interop.is_capturing(device)
+
+
+def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The row of each id, or ``MISSING``.
+
+    Args:
+        entries: the index, [C, 2] int64, at least one entry free.
+        ids: [N] int64.
+
+    Returns:
+        rows [N] int64.
+    """
+    ids, size = ids.contiguous(), ids.numel()
+    rows = torch.empty_like(ids)
+    args = (entries, np.int64(entries.shape[0]), ids, rows, np.int64(size))
+    launch(ids.device, _ANY, "find", blocks_for(size, THREADS), THREADS, args)
+    return rows
+
+
+def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """Put distinct ids that are not in the index, with their rows.
+
+    Args:
+        entries: the index, [C, 2] int64, changed in place; the caller keeps it part empty.
+        ids: [n] int64, distinct.
+        rows: [n] int64.
+    """
+    size = ids.numel()
+    args = (
+        entries,
+        np.int64(entries.shape[0]),
+        ids.contiguous(),
+        rows.contiguous(),
+        np.int64(size),
+    )
+    launch(ids.device, _ANY, "insert", blocks_for(size, THREADS), THREADS, args)
+
+
+def find_or_insert_(
+    index: RowIndex,
+    ids: torch.Tensor,
+    ids_by_row: Slot,
+    embedding: Slot,
+    seed: int,
+    distribution: Distribution,
+) -> torch.Tensor:
+    """Find each id's row; give absent ids a row, with their initial values. Does not wait.
+
+    Args:
+        index: changed in place; the caller keeps its entries part empty.
+        ids: [N] int64, duplicates allowed.
+        ids_by_row: becomes the id of each new row.
+        embedding: new rows are filled; both slots hold memory for all rows that may be new.
+        seed: with the id, decides a new row's values.
+        distribution: what they are drawn from.
+
+    Returns:
+        rows [N] int64. Which new id has which new row is not determined.
+    """
+    ids, size = ids.contiguous(), ids.numel()
+    rows, places = torch.empty_like(ids), torch.empty_like(ids)
+    num_blocks, variant = blocks_for(size, THREADS), hash_table_variant(embedding.dtype)
+    claim = (
+        index.entries,
+        np.int64(index.entries.shape[0]),
+        ids,
+        rows,
+        places,
+        np.int64(size),
+        index.counters,
+        index.free_rows,
+    )
+    launch(ids.device, variant, "find_or_claim", num_blocks, THREADS, claim)
+    settle = (
+        index.entries,
+        ids,
+        rows,
+        places,
+        np.int64(size),
+        index.counters,
+        block_table(ids_by_row),
+        block_table(embedding),
+        divisor_struct(embedding.block_size()),
+        np.int64(embedding.dim),
+        plan_struct(distribution, embedding.dtype, seed),
+    )
+    launch(ids.device, variant, "settle", num_blocks, THREADS, settle)
+    return rows
+
+
+def _unit(row_bytes: int, *addresses: int) -> int:
+    """Bytes of the widest access that a row's size and all addresses allow."""
+    return next(
+        unit for unit in UNITS if row_bytes % unit == 0 and all(a % unit == 0 for a in addresses)
+    )
+
+
+def _move(name: str, slot: Slot, rows: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
+    """Run a kernel of rows.cu on rows of a slot and of ``values`` [N, D]."""
+    size, row_bytes = rows[0].numel(), slot.dim * slot.dtype.itemsize
+    if size == 0:
+        return
+    held = [int(slot.addresses()[0])] if slot.num_rows() else []
+    unit = _unit(row_bytes, values.data_ptr(), *held)
+    units = row_bytes // unit
+    lanes = min(1 << (units - 1).bit_length(), WARP)
+    args = (
+        block_table(slot),
+        divisor_struct(slot.block_size()),
+        np.int64(units),
+        *rows,
+        values,
+        np.int64(size),
+        np.int64(lanes),
+    )
+    num_blocks = blocks_for(size * lanes, THREADS)
+    launch(slot.device, rows_variant(unit), name, num_blocks, THREADS, args)
+
+
+def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
+    """Copies of the named rows.
+
+    Args:
+        slot: weights or moments of width D.
+        rows: [N] int64, in range or ``MISSING``, which reads as zeros.
+
+    Returns:
+        values [N, D] of the slot's dtype.
+    """
+    values = torch.empty(rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device)
+    _move("gather", slot, (rows.contiguous(),), values)
+    return values
+
+
+def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite the named rows; of a row that is named twice the last value stays.
+
+    Args:
+        slot: changed in place.
+        rows: [N] int64, in range.
+        values: [N, D] of the slot's dtype.
+    """
+    _move("scatter", slot, torch.sort(rows, stable=True), values.contiguous())
