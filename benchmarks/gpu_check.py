@@ -1,0 +1,871 @@
+"""Everything about the CUDA engine that only a GPU can tell, in one command: ``make gpu-check``.
+
+It needs torch built for CUDA, CuPy, NumPy and pytest, and neither a network nor an install. Each
+part runs in a process of its own with a time limit, since a kernel that hangs or that breaks the
+CUDA context would take the other parts along. The result is printed and written as JSON, after
+every part, so that a run that is cut short leaves what it found.
+
+Exit status: 0 if every part passed (or had nothing to run), 1 if one failed, 2 where no GPU can be
+used, which a sentence explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+try:
+    import numpy as np
+    import torch
+    from conftest import why_no_gpu
+    from oracle import TOLERANCE, bits, relative_error, within_one_ulp
+
+    from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, _doctor, functional
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"gpu-check: {missing}; it needs torch built for CUDA, CuPy, NumPy and pytest, and this "
+        f"folder on PYTHONPATH",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+Figures = dict[str, Any]
+
+#: Seconds after which a part is stopped.
+LIMIT = 120.0
+COMPILATION_LIMIT = 420.0
+TEST_LIMIT = 420.0
+SANITIZER_LIMIT = 240.0
+
+#: Exit status that compute-sanitizer is told to end with if it finds something.
+FOUND = 99
+
+
+class CheckFailed(Exception):
+    """A part's finding: something is not as it must be. ``figures`` tell what is known anyway."""
+
+    def __init__(self, text: str, figures: Figures | None = None) -> None:
+        super().__init__(text)
+        self.figures = figures or {}
+
+
+class NotRun(Exception):
+    """A part has nothing to run on this machine."""
+
+
+def require(condition: object, text: str) -> None:
+    """Raise CheckFailed with ``text`` unless ``condition`` holds."""
+    if not condition:
+        raise CheckFailed(text)
+
+
+# ---------------------------------------------------------------------- what the parts work on
+
+
+def sparse(rows: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The gradient [num_rows, D] that a sparse embedding gets; nothing is checked or waited for."""
+    size = (num_rows, values.shape[1])
+    return torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
+
+
+def draw_rows(count: int, num_rows: int, draw: torch.Generator) -> torch.Tensor:
+    """Rows [count] on the CPU, a third of them row 3: a run that is summed in several parts."""
+    rows = torch.randint(num_rows, (count,), generator=draw)
+    rows[::3] = 3
+    return rows
+
+
+class Setup:
+    """Tables of three kinds with gradients that stay, and their optimizer. Each one is the same.
+
+    Args:
+        lr: a float, or a tensor on the GPU.
+    """
+
+    ROWS, COUNT = 200, 1500
+
+    def __init__(self, lr: float | torch.Tensor = 1e-2) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.weights = {}
+        for name, dtype, dim in (
+            ("wide", torch.float32, 64),
+            ("odd", torch.float32, 7),
+            ("half", torch.float16, 16),
+        ):
+            values = torch.randn(self.ROWS, dim, generator=draw)
+            weight = torch.nn.Parameter(values.to("cuda", dtype))
+            rows = draw_rows(self.COUNT, self.ROWS, draw).cuda()
+            grad = torch.randn(self.COUNT, dim, generator=draw).to("cuda", dtype)
+            weight.grad = sparse(rows, grad, self.ROWS)
+            self.weights[name] = weight
+        initializer = NormalInitializer(generator=torch.Generator().manual_seed(1))
+        self.table = HashTable([16], 64, device="cuda", initializer=initializer)
+        with torch.no_grad():
+            self.table(torch.arange(self.ROWS, device="cuda"))
+        # Which new id gets which row is not determined: find them.
+        ids, rows = self.table.ids_map()
+        rows = rows[ids.argsort()][draw_rows(self.COUNT, self.ROWS, draw).cuda()]
+        self.table.accept_grad(rows, torch.randn(self.COUNT, 16, generator=draw).cuda())
+        self.lr = lr
+        self.optimizer = SparseAdamW({**self.weights, "table": self.table}, lr=lr)
+
+    def contents(self) -> dict[str, torch.Tensor]:
+        """Weights, moments and t of every table; a HashTable's in the order of its ids."""
+        found: dict[str, torch.Tensor] = {}
+        ids, _ = self.table.ids_map()
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        weights["table"] = self.table.embeddings()[ids.argsort()]
+        for name, state in self.optimizer.state_dict()["state"].items():
+            order = state["ids"].argsort() if "ids" in state else slice(None)
+            found[f"{name} weights"] = weights[name].clone()
+            found[f"{name} step"] = torch.tensor([state["step"]])
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {key}"] = state[key][order].clone()
+        return found
+
+
+def differences(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Names of tensors that are not the same bit for bit."""
+    return [
+        name
+        for name in expected
+        if name not in found or not torch.equal(bits(found[name]), bits(expected[name]))
+    ]
+
+
+# ---------------------------------------------------------------------- parts: correctness
+
+
+def environment() -> Figures:
+    """What this machine is and what is installed."""
+
+    def told(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as error:  # a figure that is missing fails nothing
+            return f"unknown ({type(error).__name__}: {error})"
+
+    def nvidia_smi() -> str:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    def commit() -> str:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    import cupy
+
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "card": card.name,
+        "compute_capability": f"{card.major}.{card.minor}",
+        "memory_GiB": round(card.total_memory / 2**30, 1),
+        "multiprocessors": card.multi_processor_count,
+        "devices": torch.cuda.device_count(),
+        "driver": told(nvidia_smi),
+        "cuda_of_driver": told(cupy.cuda.runtime.driverGetVersion),
+        "cuda_of_torch": torch.version.cuda,
+        "nvrtc": told(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion()))),
+        "torch": torch.__version__,
+        "cupy": cupy.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "commit": told(commit),
+    }
+
+
+def compilation() -> Figures:
+    """Compile every kernel, or load it from CuPy's cache; what the update kernels take."""
+    from cupy_sparse_adamw.engines.cuda import _compile
+
+    device = torch.empty(0, device="cuda").device
+    begin, slowest, kernels = time.perf_counter(), 0.0, {}
+    variants = list(_compile.all_variants())
+    for variant in variants:
+        started = time.perf_counter()
+        _compile._module(device, variant).compile()
+        slowest = max(slowest, time.perf_counter() - started)
+        if variant.file == "sparse_adamw.cu":
+            kernel = _compile._function(device, variant, "update")
+            kernels[" ".join(value for _, value in variant.macros)] = {
+                "registers": kernel.num_regs,
+                "stack_bytes": kernel.local_size_bytes,
+                "shared_bytes": kernel.shared_size_bytes,
+            }
+    return {
+        "modules": len(variants),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "slowest_seconds": round(slowest, 1),
+        "update": kernels,
+    }
+
+
+def zero_copy() -> Figures:
+    """A tensor and its CuPy array are one memory, on the way there and on the way back."""
+    from cupy_sparse_adamw.engines.cuda._interop import array_of
+
+    compared = 0
+    for dtype in (*TOLERANCE, torch.int64, torch.int32):
+        whole = torch.arange(24, device="cuda").to(dtype).view(6, 4)
+        for tensor in (whole, whole[2:], whole.view(-1)[1:], whole[3], whole[:0]):
+            array = array_of(tensor)
+            require(
+                array.data.ptr == tensor.data_ptr() and array.shape == tuple(tensor.shape),
+                f"{dtype} {list(tensor.shape)}: torch has it at {tensor.data_ptr():#x}, CuPy at "
+                f"{array.data.ptr:#x} with shape {array.shape}",
+            )
+            compared += 1
+            if tensor.numel() == 0:  # has no memory that could come back
+                continue
+            back = torch.from_dlpack(array).view(dtype)
+            require(
+                back.data_ptr() == tensor.data_ptr(),
+                f"{dtype} {list(tensor.shape)}: back from CuPy it is at {back.data_ptr():#x}, it "
+                f"was at {tensor.data_ptr():#x}",
+            )
+        back = torch.from_dlpack(array_of(whole)).view(dtype)
+        back[1, 2] = 77
+        require(whole[1, 2].item() == 77, f"{dtype}: what is written on one side does not show")
+    parameter = torch.nn.Parameter(torch.zeros(3, 2, device="cuda"))
+    require(
+        array_of(parameter).data.ptr == parameter.data_ptr(), "a Parameter is elsewhere for CuPy"
+    )
+    return {"tensors": compared + 1}
+
+
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """Within the block, an operation of torch's that waits for the GPU raises RuntimeError."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def no_sync() -> Figures:
+    """Lookups, backward, step and zero_grad of both kinds of tables while no wait is allowed."""
+    with no_waits():
+        try:
+            torch.ones(1, device="cuda").item()
+        except RuntimeError:
+            pass
+        else:
+            raise CheckFailed("torch does not notice that .item() waits, so this shows nothing")
+    steps, count = 10, 3000
+    embedding = torch.nn.Embedding(500, 32, sparse=True, device="cuda")
+    table = HashTable([32], 128, device="cuda", initializer=NormalInitializer())
+    optimizer = SparseAdamW({"embedding": embedding, "table": table})
+    ids = [draw_rows(count, 500, torch.Generator().manual_seed(i)).cuda() for i in range(4)]
+
+    def step(ids: torch.Tensor) -> None:
+        loss = embedding(ids).pow(2).sum() + table(ids).pow(2).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # Every lookup may be of new ids as far as the host knows: without room for them it would count.
+    table.reserve((steps + 6) * count)
+    for i in range(3):
+        step(ids[i])
+    with no_waits():
+        for i in range(steps):
+            step(ids[i % 4])
+    state = optimizer.state_dict()["state"]
+    require(state["table"]["step"] == steps + 3, "the steps were not counted")
+    return {"steps": steps}
+
+
+def capture_step(setup: Setup) -> torch.cuda.CUDAGraph:
+    """Three steps to warm up, then one captured, which does not run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            setup.optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        setup.optimizer.step()
+    return graph
+
+
+def compare_replays(lrs: Sequence[float | None]) -> None:
+    """One replay for each entry, against as many eager steps; an lr is written before its step."""
+    replayed, eager = (
+        Setup(1e-2 if lrs[0] is None else torch.tensor(1e-2, device="cuda")) for _ in range(2)
+    )
+    graph = capture_step(replayed)
+    for _ in range(3):
+        eager.optimizer.step()
+    wrong = differences(replayed.contents(), eager.contents())
+    require(not wrong, f"after the warm-up, before any replay, these differ: {wrong}")
+    for setup, advance in ((replayed, graph.replay), (eager, eager.optimizer.step)):
+        for value in lrs:
+            if value is not None:
+                setup.lr.fill_(value)
+            advance()
+    wrong = differences(replayed.contents(), eager.contents())
+    require(not wrong, f"after {len(lrs)} replays these are not those of eager steps: {wrong}")
+    for setup in (replayed, eager):
+        setup.optimizer.step()
+    wrong = differences(replayed.contents(), eager.contents())
+    require(not wrong, f"an eager step after {len(lrs)} replays goes wrong: {wrong}")
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """The RuntimeError that ``work`` raises under capture; the capture itself stays whole."""
+    buffer = torch.zeros(1, device="cuda")
+    text, graph = "", torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        buffer.add_(1)  # an empty graph is warned about
+        try:
+            work()
+        except RuntimeError as error:
+            text = str(error)
+    graph.replay()
+    require(buffer.item() == 1, "a capture in which something was refused does not replay")
+    return text
+
+
+def graph_replay() -> Figures:
+    """K replays of a captured step are K eager steps, bit for bit; what cannot be is refused."""
+    replays = 5
+    compare_replays([None] * replays)
+    compare_replays([0.5, 0.25, 1e-3, 0.0, 0.125])
+    table = HashTable([8], device="cuda", initializer=NormalInitializer())
+    ids = torch.arange(100, device="cuda")
+    table(ids)
+    text = refusal(lambda: table(ids))
+    require("captured into a CUDA graph" in text, f"a lookup that may insert is captured: {text!r}")
+    require(len(table) == 100, "a lookup that was refused has inserted rows")
+    fresh = Setup()
+    text = refusal(fresh.optimizer.step)
+    require("captured into a CUDA graph" in text, f"a first step is captured: {text!r}")
+    return {"replays": 2 * replays}
+
+
+def determinism() -> Figures:
+    """The same step gives the same bits; a row's result depends on its own gradients alone."""
+    repeats = 10
+    expected: dict[str, torch.Tensor] = {}
+    for i in range(repeats):
+        setup = Setup()
+        for _ in range(3):
+            setup.optimizer.step()
+        expected = expected or setup.contents()
+        wrong = differences(setup.contents(), expected)
+        require(not wrong, f"run {i + 1} of the same three steps ends otherwise: {wrong}")
+
+    draw = torch.Generator().manual_seed(2)
+    sizes = (100, 5000)
+    compared = 0
+    for dim in (7, 64, 128):
+        rows = draw_rows(sizes[1], sizes[0], draw).cuda()
+        values = torch.randn(sizes[1], dim, generator=draw).cuda()
+        weight = torch.randn(2 * sizes[0], dim, generator=draw).cuda()
+        alone = step_once(weight, rows, values)
+        for count in (1, 127, 128, 10_000):  # gradients of other rows, before and in between
+            others = sizes[0] + torch.randint(sizes[0], (count,), generator=draw).cuda()
+            place = torch.rand(count + sizes[1], generator=draw).cuda().argsort()
+            is_own = place >= count
+            mixed = torch.empty(count + sizes[1], dtype=torch.int64, device="cuda")
+            mixed[is_own], mixed[~is_own] = rows, others  # each part stays in its order
+            grads = torch.randn(count + sizes[1], dim, generator=draw).cuda()
+            grads[is_own] = values
+            together = step_once(weight, mixed, grads)
+            wrong = differences(together, alone)
+            require(not wrong, f"D = {dim}: {count} gradients of other rows change {wrong}")
+            compared += 1
+    return {"repeats": repeats, "batches": compared}
+
+
+def step_once(
+    weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The first half of the rows after one step, and their moments."""
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = SparseAdamW({"table": parameter})
+    parameter.grad = sparse(rows, values, weight.shape[0])
+    optimizer.step()
+    half, state = weight.shape[0] // 2, optimizer.state_dict()["state"]["table"]
+    moments = {key: state[key][:half].clone() for key in ("exp_avg", "exp_avg_sq")}
+    return {"weights": parameter.detach()[:half].clone(), **moments}
+
+
+def accuracy() -> Figures:
+    """The doctor's checks, and runs of many steps in SPEC's norm, beside the reference's on CUDA.
+
+    16-bit tables are compared after one step, where they must be within one unit in the last place.
+    """
+    problems = _doctor.check("cuda")
+    require(not problems, "; ".join(problems))
+    figures: Figures = {}
+    for dtype, (weight_limit, moment_limit) in TOLERANCE.items():
+        for dim in (1, 33, 64, 128):
+            steps = 1 if dtype.itemsize == 2 else 100
+            exact = trained("reference", "cpu", dtype, torch.float64, dim, steps)
+            errors = {}
+            for engine in ("cuda", "reference"):
+                found = trained(engine, "cuda", dtype, dtype, dim, steps)
+                for name, x in found.items():
+                    x64 = exact[name].numpy()
+                    error = relative_error(x, x64)
+                    errors[f"{engine} {name}"] = float(f"{error:.2e}")
+                    where = f"{dtype} D = {dim}, {engine} on CUDA: {name}"
+                    limit = weight_limit if name == "weights" else moment_limit
+                    if limit is None:
+                        fits = within_one_ulp(x, x64)
+                        require(fits, f"{where} are more than one unit in the last place off")
+                    else:
+                        require(error <= limit, f"{where} are off by {error:.1e} of {limit:.0e}")
+            figures[f"{dtype} D={dim} steps={steps}".removeprefix("torch.")] = errors
+    return figures
+
+
+def trained(
+    engine: str, device: str, dtype: torch.dtype, run_dtype: torch.dtype, dim: int, steps: int
+) -> dict[str, torch.Tensor]:
+    """Weights and moments after steps with gradients of ``dtype``, run in ``run_dtype``."""
+    draw = torch.Generator().manual_seed(dim)
+    num_rows, count = 50, 600
+    values = torch.randn(num_rows, dim, generator=draw).to(dtype)
+    weight = torch.nn.Parameter(values.to(device, run_dtype))
+    optimizer = SparseAdamW({"table": weight}, lr=1e-2, weight_decay=0.1)
+    with functional.use_engine(engine):
+        for _ in range(steps):
+            rows = draw_rows(count, num_rows, draw)
+            grad = torch.randn(count, dim, generator=draw).to(dtype).to(device, run_dtype)
+            weight.grad = sparse(rows.to(device), grad, num_rows)
+            optimizer.step()
+        state = optimizer.state_dict()["state"]["table"]
+    return {
+        "weights": weight.detach().cpu(),
+        **{key: state[key].cpu() for key in ("exp_avg", "exp_avg_sq")},
+    }
+
+
+def short_case() -> Figures:
+    """A little of everything, for compute-sanitizer: growth, long runs, 16 bits, several tables."""
+    draw = torch.Generator().manual_seed(0)
+    embedding = torch.nn.Embedding(300, 64, sparse=True, device="cuda")
+    half = torch.nn.Embedding(300, 16, sparse=True, device="cuda", dtype=torch.float16)
+    odd = torch.nn.EmbeddingBag(300, 7, sparse=True, mode="sum", device="cuda")
+    tables = {
+        str(dtype): HashTable([dim], 32, dtype, "cuda", initializer=NormalInitializer())
+        for dtype, dim in ((torch.float32, 33), (torch.float16, 8), (torch.bfloat16, 16))
+    }
+    optimizer = SparseAdamW({"embedding": embedding, "half": half, "odd": odd, **tables})
+    for i in range(4):
+        rows = draw_rows(700, 300, draw).cuda()
+        ids = rows * (i + 1) - 50  # new ones in every step
+        losses = [x.float().pow(2).sum() for x in (embedding(rows), half(rows))]
+        losses.append(odd(rows.view(70, 10)).pow(2).sum())
+        losses += [table(ids).float().pow(2).sum() for table in tables.values()]
+        sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    table = tables["torch.float16"]
+    _, rows = table.ids_map()
+    table.accept_grad(rows.repeat(3), torch.ones(3 * len(rows), 8, device="cuda"))
+    table.grad()
+    optimizer.step()
+    table.insert(torch.tensor([1, -50, 1]), torch.ones(3, 8, dtype=torch.float16, device="cuda"))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    finite = all(bool(x.embeddings().isfinite().all()) for x in tables.values())
+    require(finite and bool(embedding.weight.isfinite().all()), "values are not finite")
+    torch.cuda.synchronize()
+    return {"rows": sum(map(len, tables.values()))}
+
+
+# ---------------------------------------------------------------------- parts: speed
+
+
+def host_overhead() -> Figures:
+    """Microseconds that the host spends before the GPU is done: per launch and per step."""
+    from cupy_sparse_adamw.engines.cuda import _compile
+    from cupy_sparse_adamw.engines.cuda._interop import array_of
+
+    device = torch.empty(0, device="cuda").device
+    entries = torch.full((64, 2), -1, device=device)
+    ids = torch.arange(4, device=device)
+    rows = torch.empty_like(ids)
+    variant = _compile.hash_table_variant(torch.float32)
+    args = (entries, np.int64(64), ids, rows, np.int64(4))
+    ones = torch.ones(4, device=device)
+    figures = {
+        "launch_us": host_us(lambda: _compile.launch(device, variant, "find", 1, 256, args), 100),
+        "array_of_us": host_us(lambda: array_of(ids), 100),
+        "torch_add_us": host_us(lambda: ones.add_(1), 100),  # what torch takes for a launch
+    }
+    for tables in (1, 10, 300):
+        weights = {}
+        for i in range(tables):
+            weight = weights[f"table {i}"] = torch.nn.Parameter(torch.zeros(100, 16, device=device))
+            weight.grad = sparse(torch.tensor([i % 100]).cuda(), torch.ones(1, 16).cuda(), 100)
+        optimizer = SparseAdamW(weights)
+        figures[f"step_of_{tables}_tables_us"] = host_us(optimizer.step, 1)
+    return figures
+
+
+def host_us(work: Callable[[], object], calls: int, rounds: int = 30) -> float:
+    """Host time of a call, the median of rounds; the GPU has nothing else to do at their begin."""
+    seconds = []
+    for _ in range(rounds + 3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            work()
+        seconds.append((time.perf_counter() - begin) / calls)
+    torch.cuda.synchronize()
+    return round(1e6 * statistics.median(seconds[3:]), 2)
+
+
+def device_time() -> Figures:
+    """Time of a step on the GPU and the share of copy bandwidth that it makes of its least bytes.
+
+    A step of N gradient rows of width D that touches U rows reads each gradient (4 N D bytes) and
+    its row number (8 N), and reads and writes weights and moments (24 U D).
+    """
+    num_rows, sets = 1 << 22, 4
+    bandwidth = copy_bandwidth()
+    figures: Figures = {"copy_GB_per_s": round(bandwidth / 1e9, 1)}
+    for dim in (64, 128):
+        weight = torch.nn.Parameter(torch.full((num_rows, dim), 0.01, device="cuda"))
+        optimizer = SparseAdamW({"table": weight})
+        for count in (65_536, 1_048_576):
+            rows = [torch.randint(num_rows, (count,), device="cuda") for _ in range(sets)]
+            values = [torch.randn(count, dim, device="cuda") for _ in range(sets)]
+            grads = [sparse(*pair, num_rows) for pair in zip(rows, values, strict=True)]
+            turn = iter(range(1 << 30))
+
+            def step() -> None:
+                weight.grad = grads[next(turn) % sets]  # noqa: B023
+                optimizer.step()  # noqa: B023
+
+            seconds = gpu_seconds(step)
+            touched = rows[0].unique().numel()
+            floor = 24 * touched * dim + 4 * count * dim + 8 * count
+            figures[f"N={count} D={dim}"] = {
+                "step_us": round(1e6 * seconds, 1),
+                "touched": touched,
+                "floor_bytes": floor,
+                "of_copy_bandwidth": round(floor / seconds / bandwidth, 3),
+            }
+    figures["peak_memory_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    return figures
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    source = torch.zeros(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
+
+
+def gpu_seconds(work: Callable[[], object], rounds: int = 20) -> float:
+    """Time of ``work`` on the GPU, the median of rounds.
+
+    The GPU is kept busy, some 5 ms, while the host puts the work in its queue: so no time of the
+    host's is in it.
+    """
+    seconds = []
+    for _ in range(rounds + 5):  # the first are not counted
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds[5:])
+
+
+# ---------------------------------------------------------------------- parts: other programs
+
+
+def run_command(command: Sequence[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """(exit status, output) of a program; None for one that took too long, with all it started."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables},
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(seconds)
+        except BaseException as error:  # Ctrl-C reaches only this process
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            status = None
+        log.seek(0)
+        return status, log.read()
+
+
+def tail(text: str, lines: int = 15) -> str:
+    """The last lines of an output."""
+    return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def gpu_tests() -> Figures:
+    """The tests marked gpu."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder, "junit.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += ["--continue-on-collection-errors", f"--junitxml={junit}", "tests"]
+        # torch says so when it is imported, where the package is there, as in NVIDIA's containers.
+        command += ["-W", "ignore:The pynvml package is deprecated:FutureWarning"]
+        status, output = run_command(command, TEST_LIMIT)
+        require(status is not None, f"no end after {TEST_LIMIT:.0f} s: {tail(output)}")
+        require(junit.exists(), f"pytest ended with status {status}: {tail(output)}")
+        figures = read_junit(junit.read_text(encoding="utf-8"))
+    failed = figures["failed"]
+    if failed:
+        text = f"{len(failed)} failed: {', '.join(failed[:20])}\n{tail(output)}"
+        raise CheckFailed(text, figures)
+    if not figures["passed"]:
+        raise CheckFailed(f"no test ran:\n{tail(output)}", figures)
+    require(status == 0, f"pytest ended with status {status}: {tail(output)}")
+    return figures
+
+
+def read_junit(text: str) -> Figures:
+    """What pytest's ``--junitxml`` says: how many passed, which failed, why others did not run."""
+    passed, failed, skipped = 0, [], Counter()
+    for case in ElementTree.fromstring(text).iter("testcase"):
+        name = "::".join(filter(None, [case.get("classname"), case.get("name")]))
+        reason = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(name)
+        elif reason is not None:
+            skipped[reason.get("message") or "no reason"] += 1
+        else:
+            passed += 1
+    failed = list(dict.fromkeys(failed))  # a test that fails at its end too is listed twice
+    return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
+
+
+def sanitizer(tool: str) -> Figures:
+    """``short_case`` under a tool of compute-sanitizer."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    program = shutil.which("compute-sanitizer", path=places)
+    if program is None:
+        raise NotRun("compute-sanitizer is not on PATH, nor in /usr/local/cuda/bin")
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
+    if tool == "memcheck":  # the runtime's own failed calls, which torch expects, are no findings
+        command += ["--report-api-errors", "no"]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        command += [sys.executable, __file__, "--part", "short_case", "--output", str(answer)]
+        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+        status, output = run_command(command, SANITIZER_LIMIT, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        said = [line for line in output.splitlines() if line.startswith("=====")]
+        require(status is not None, f"no end after {SANITIZER_LIMIT:.0f} s: {tail(output)}")
+        require(status != FOUND, "\n".join(said[:40]))
+        require(answer.exists(), f"the case did not run, status {status}: {tail(output, 40)}")
+        figures = read_answer(answer)
+    summary = [line.strip("= ") for line in said if "SUMMARY" in line]
+    require(status == 0 and summary, f"{tool} ended with status {status}: {tail(output, 40)}")
+    return {"program": program, "summary": summary, **figures}
+
+
+# ---------------------------------------------------------------------- running the parts
+
+#: Parts that use the GPU themselves: each runs in a process of its own.
+IN_A_PROCESS = (
+    environment,
+    compilation,
+    zero_copy,
+    no_sync,
+    graph_replay,
+    determinism,
+    accuracy,
+    host_overhead,
+    device_time,
+    short_case,
+)
+
+
+class Outcome(NamedTuple):
+    """What became of a part: "passed", "failed" or "not run"; figures, or why not."""
+
+    result: str
+    seconds: float
+    figures: Figures
+    error: str = ""
+
+
+def in_a_process(name: str) -> Callable[[], Figures]:
+    """The part of that name, to be run by another Python."""
+
+    def part() -> Figures:
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder, "answer.json")
+            command = [sys.executable, __file__, "--part", name, "--output", str(answer)]
+            limit = COMPILATION_LIMIT if name == "compilation" else LIMIT
+            status, output = run_command(command, limit)
+            require(status is not None, f"no end after {limit:.0f} s: {tail(output)}")
+            require(answer.exists(), f"ended with status {status}: {tail(output)}")
+            return read_answer(answer)
+
+    return part
+
+
+def answer_part(name: str, output: Path) -> None:
+    """Run a part here; write its figures, or its error."""
+    work = {part.__name__: part for part in IN_A_PROCESS}[name]
+    try:
+        answer: Figures = {"figures": work()}
+    except CheckFailed as error:
+        answer = {"error": str(error)}
+    except Exception:
+        answer = {"error": traceback.format_exc()}
+    write_json(output, answer)
+
+
+def read_answer(path: Path) -> Figures:
+    """The figures that ``answer_part`` has written; CheckFailed if it wrote an error."""
+    answer = json.loads(path.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise CheckFailed(answer["error"])
+    figures: Figures = answer["figures"]
+    return figures
+
+
+def run_part(part: Callable[[], Figures]) -> Outcome:
+    """What becomes of a part; whatever it raises is its outcome."""
+    begin = time.perf_counter()
+    result, figures, text = "passed", {}, ""
+    try:
+        figures = part()
+    except NotRun as error:
+        result, text = "not run", str(error)
+    except CheckFailed as error:
+        result, text, figures = "failed", str(error), error.figures
+    except Exception:
+        result, text = "failed", traceback.format_exc()
+    return Outcome(result, round(time.perf_counter() - begin, 1), figures, text)
+
+
+def run_parts(parts: Mapping[str, Callable[[], Figures]], output: Path) -> dict[str, Any]:
+    """Run all parts in order; print each outcome, and write the report after each."""
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "result": "incomplete",
+        "parts": {},
+    }
+    for name, part in parts.items():
+        print(f"{name:<24}", end="", flush=True)
+        outcome = run_part(part)
+        report["parts"][name] = outcome._asdict()
+        write_json(output, report)
+        print(f"{outcome.result:<8}{outcome.seconds:7.1f} s", flush=True)
+        if outcome.error:
+            print(indented(outcome.error), flush=True)
+        elif outcome.figures:
+            print(indented(json.dumps(outcome.figures, ensure_ascii=False)[:2000]), flush=True)
+    failed = [name for name, x in report["parts"].items() if x["result"] == "failed"]
+    report["result"] = "failed" if failed else "passed"
+    write_json(output, report)
+    return report
+
+
+def indented(text: str) -> str:
+    """Every line four spaces in."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+#: In this order: what is cheap and explains the most comes first. The tests leave compiled kernels
+#: in CuPy's cache, without which the sanitizer would take long.
+PARTS: dict[str, Callable[[], Figures]] = {
+    **{part.__name__: in_a_process(part.__name__) for part in IN_A_PROCESS if part != short_case},
+    "gpu_tests": gpu_tests,
+    "memcheck": lambda: sanitizer("memcheck"),
+    "racecheck": lambda: sanitizer("racecheck"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-check.json"), help="the report (%(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="PART",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help=f"run these parts: {', '.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--short-case", action="store_true", help="run only what compute-sanitizer watches, here"
+    )
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    reason = why_no_gpu()
+    if reason:
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 2
+    if options.part:
+        answer_part(options.part, options.output)
+        return 0
+    if options.short_case:
+        print(short_case())
+        return 0
+    report = run_parts({name: PARTS[name] for name in options.only}, options.output)
+    print(f"\n{report['result'].upper()}; the figures are in {options.output}")
+    return 1 if report["result"] == "failed" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""benchmarks/gpu_check.py where there is no GPU: what it says, and how it runs its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_check
+from gpu_check import ROOT, CheckFailed, NotRun
+
+JUNIT = """<?xml version="1.0" encoding="utf-8"?>
+<testsuites name="pytest tests"><testsuite name="pytest" errors="1" failures="1" tests="6">
+<testcase classname="tests.test_gpu" name="test_a[1]" time="0.1"/>
+<testcase classname="tests.test_gpu" name="test_a[2]" time="0.1"><failure message="m">t</failure>
+</testcase>
+<testcase classname="tests.test_gpu" name="test_a[2]" time="0.1"><error message="m">t</error>
+</testcase>
+<testcase classname="" name="tests.test_b" time="0.0"><error message="collection failure">t</error>
+</testcase>
+<testcase classname="tests.test_gpu" name="test_c" time="0.0"><skipped message="one GPU">t</skipped>
+</testcase>
+<testcase classname="tests.test_gpu" name="test_d" time="0.0"><skipped message="one GPU">t</skipped>
+</testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    output = tmp_path / "gpu-check.json"
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--output", output],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("gpu-check: torch ")
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path):
+    code = (
+        "import runpy, sys; sys.modules['pytest'] = None; "
+        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu_check.py')!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2
+    assert "pytest" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def passes():
+    return {"speed": 3}
+
+
+def fails():
+    raise CheckFailed("7 is not 8", {"found": 7})
+
+
+def breaks():
+    raise ZeroDivisionError("in the middle")
+
+
+def lacks():
+    raise NotRun("no such program")
+
+
+def test_a_failing_part_stops_no_other(tmp_path, capsys):
+    output = tmp_path / "report.json"
+    parts = {"a": fails, "b": breaks, "c": lacks, "d": passes}
+    report = gpu_check.run_parts(parts, output)
+    assert json.loads(output.read_text()) == report
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert set(report) == {"date", "result", "parts"}
+    assert report["result"] == "failed"
+    assert list(report["parts"]) == list(parts)
+    for outcome in report["parts"].values():
+        assert set(outcome) == {"result", "seconds", "figures", "error"}
+    a, b, c, d = report["parts"].values()
+    assert (a["result"], a["error"], a["figures"]) == ("failed", "7 is not 8", {"found": 7})
+    assert b["result"] == "failed"
+    assert "ZeroDivisionError: in the middle" in b["error"]
+    assert (c["result"], c["error"]) == ("not run", "no such program")
+    assert (d["result"], d["error"], d["figures"]) == ("passed", "", {"speed": 3})
+    printed = capsys.readouterr().out
+    assert "7 is not 8" in printed
+    assert '"speed": 3' in printed
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_found(tmp_path):
+    output = tmp_path / "report.json"
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_parts({"a": passes, "b": interrupted}, output)
+    report = json.loads(output.read_text())
+    assert report["result"] == "incomplete"
+    assert list(report["parts"]) == ["a"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    output = tmp_path / "report.json"
+    output.write_text("old")
+    with pytest.raises(TypeError):
+        gpu_check.write_json(output, {"figure": object()})
+    assert output.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "result"),
+    [(passes, 0, "passed"), (lacks, 0, "passed"), (fails, 1, "failed")],
+)
+def test_exit_status(monkeypatch, tmp_path, part, status, result):
+    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_check, "PARTS", {"part": part, "other": fails})
+    output = tmp_path / "report.json"
+    assert gpu_check.main(["--output", str(output), "--only", "part"]) == status
+    report = json.loads(output.read_text())
+    assert report["result"] == result
+    assert list(report["parts"]) == ["part"]
+
+
+def test_a_part_answers_through_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_check, "IN_A_PROCESS", (passes, fails, breaks))
+    answer = tmp_path / "answer.json"
+
+    def ask(name):
+        assert gpu_check.main(["--part", name, "--output", str(answer)]) == 0
+        return gpu_check.read_answer(answer)
+
+    assert ask("passes") == {"speed": 3}
+    with pytest.raises(CheckFailed, match="7 is not 8"):
+        ask("fails")
+    with pytest.raises(CheckFailed, match="ZeroDivisionError: in the middle"):
+        ask("breaks")
+
+
+def test_a_part_without_an_answer_has_failed(monkeypatch):
+    """Here the process finds no GPU, says so and ends."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    part = gpu_check.in_a_process("environment")
+    with pytest.raises(CheckFailed, match=r"ended with status 2: gpu-check: torch"):
+        part()
+
+
+def test_commands_see_the_package_and_end_in_time():
+    code = "import sys, cupy_sparse_adamw; print('out'); sys.exit(3)"
+    assert gpu_check.run_command([sys.executable, "-c", code], 60) == (3, "out\n")
+    slow = "import subprocess, sys; print('began', flush=True); subprocess.run(['sleep', '60'])"
+    begin = time.perf_counter()
+    status, output = gpu_check.run_command([sys.executable, "-c", slow], 2)
+    assert (status, output) == (None, "began\n")
+    assert time.perf_counter() - begin < 30
+
+
+def test_junit_is_read():
+    figures = gpu_check.read_junit(JUNIT)
+    assert figures == {
+        "passed": 1,
+        "failed": ["tests.test_gpu::test_a[2]", "tests.test_b"],
+        "skipped": {"one GPU": 2},
+    }
+
+
+def answered(status, output, junit=None):
+    """A stand-in for ``run_command`` that writes what pytest, or the part, would."""
+
+    def run(command, seconds, **variables):
+        for argument in command:
+            if junit and argument.startswith("--junitxml="):
+                Path(argument.removeprefix("--junitxml=")).write_text(junit)
+        if "--part" in command and status in (0, gpu_check.FOUND):
+            answer = {"figures": {"rows": 5}}
+            gpu_check.write_json(Path(command[command.index("--output") + 1]), answer)
+        return status, output
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("status", "junit", "complaint"),
+    [
+        (None, None, "no end after"),
+        (4, None, "pytest ended with status 4: usage"),
+        (1, JUNIT, r"2 failed: tests.test_gpu::test_a\[2\], tests.test_b"),
+        (5, "<testsuites/>", "no test ran"),
+    ],
+)
+def test_a_test_run_that_shows_nothing_fails(monkeypatch, status, junit, complaint):
+    monkeypatch.setattr(gpu_check, "run_command", answered(status, "usage", junit))
+    with pytest.raises(CheckFailed, match=complaint):
+        gpu_check.gpu_tests()
+
+
+def test_a_sanitizer_that_is_not_there_is_not_run(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **kwargs: None)
+    assert gpu_check.run_part(gpu_check.PARTS["racecheck"]).result == "not run"
+
+
+SUMMARY = "========= ERROR SUMMARY: 0 errors"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "complaint"),
+    [
+        (0, SUMMARY, None),
+        (0, "", "ended with status 0"),  # the tool itself did not work
+        (1, "Device not supported", "did not run, status 1: Device not supported"),
+        (None, "", "no end after"),
+        (gpu_check.FOUND, "========= Invalid __global__ write", "Invalid __global__ write"),
+    ],
+)
+def test_what_a_sanitizer_says(monkeypatch, status, output, complaint):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **kwargs: "/sanitizer")
+    monkeypatch.setattr(gpu_check, "run_command", answered(status, output))
+    outcome = gpu_check.run_part(gpu_check.PARTS["memcheck"])
+    if complaint is None:
+        assert outcome.result == "passed", outcome.error
+        assert outcome.figures["summary"] == ["ERROR SUMMARY: 0 errors"]
+        assert outcome.figures["rows"] == 5
+    else:
+        assert outcome.result == "failed"
+        assert complaint in outcome.error
