@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 # The last torch whose PyPI wheel is built for CUDA 12. A driver for CUDA 12 cannot run the one
-# that constraints.txt names.
+# that constraints.txt names. It insists on its own NVRTC, so the version named there goes, too.
 TORCH_CUDA12 := 2.10.0
 
 # Which CuPy: CUDA from this call, else from an earlier one (kept in .venv/cuda-asked), else the
@@ -26,13 +26,13 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test lint format doctor bench FORCE
+.PHONY: help setup train test lint format doctor bench kernels gpu-check FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help: ## print this
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 	@echo
 	@echo 'ARGS="..."          passed on to the script (train) or to pytest (test)'
 	@echo 'CUDA=12x|13x|none   which CuPy to install, kept for later calls; auto asks nvidia-smi again'
@@ -63,6 +63,13 @@ doctor: $(VENV)/train.installed ## what is installed, does each engine work here
 bench: $(VENV)/test.installed ## time one step beside torch's optimizers; best with nothing else running
 	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
+# With the Python that is there and what it has: such machines often have no network.
+gpu-check: ## all that only an NVIDIA GPU can tell, into gpu-check.json; installs nothing
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" benchmarks/gpu_check.py $(ARGS)
+
+kernels: $(VENV)/test.installed ## write docs/kernels.md: what the compiler makes of the CUDA kernels; needs no GPU
+	$(PY) tests/nvrtc.py
+
 cuda_files = $(wildcard cuda_src/*.cu cuda_src/*.cuh)
 
 $(PY):
@@ -90,7 +97,7 @@ $(VENV)/cuda: FORCE | $(PY)
 # second, unpinned one. recbole is only a container of data: it is never imported, so what it
 # lacks is nothing to warn about.
 $(VENV)/%.installed: pyproject.toml constraints.txt $(VENV)/cuda | $(PY)
-	@sed '$(if $(filter 12x,$(cuda)),s/^torch==.*/torch==$(TORCH_CUDA12)/)' constraints.txt > $(VENV)/constraints.txt
+	@sed '$(if $(filter 12x,$(cuda)),s/^torch==.*/torch==$(TORCH_CUDA12)/; /^nvidia-cuda-/d)' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) install -q -c $(VENV)/constraints.txt setuptools
 	$(PIP) install --no-warn-conflicts --no-build-isolation -c $(VENV)/constraints.txt \
 		-e '.[$*$(if $(filter-out none,$(cuda)),$(comma)cuda$(cuda))]'

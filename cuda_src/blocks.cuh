@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "memory.cuh"
+
 // Division by a number that stays, without a division. With 2^(shift-1) < divisor <= 2^shift and
 // magic = ceil(2^(63+shift) / divisor), n / divisor = floor(n * magic / 2^(63+shift)) for every n
 // below 2^63 (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994,
@@ -20,5 +22,5 @@ __device__ __forceinline__ long long divide(long long n, const Divisor& by) {
 __device__ __forceinline__ char* row_address(char* const* blocks, const Divisor& block_rows,
                                              long long row, long long row_bytes) {
     const long long block = divide(row, block_rows);
-    return blocks[block] + (row - block * block_rows.divisor) * row_bytes;
+    return global(blocks)[block] + (row - block * block_rows.divisor) * row_bytes;
 }

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "memory.cuh"
+
 #ifdef USES_HALF
 #include <cuda_fp16.h>
 #endif
@@ -82,14 +84,6 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Vec {
     T x[N];
 };
-
-// The compiler cannot know that an address read from memory names global memory; told so, it emits
-// LDG and STG rather than the slower generic LD and ST.
-template <typename T>
-__device__ __forceinline__ T* global(T* address) {
-    __builtin_assume(__isGlobal(address));
-    return address;
-}
 
 template <typename A, int N, typename T>
 __device__ __forceinline__ void load(A (&x)[N], const T* address) {

@@ -30,16 +30,15 @@ __device__ void make_keys(const Piece* pieces, long long num_pieces, const Rows*
     const Piece& piece =
         pieces[last_at_most(pieces, static_cast<int>(num_pieces), &Piece::first_position, i)];
     const Rows& table = tables[piece.table];
-    const long long row = piece.rows[i - piece.first_position];
-    const long long num_rows = table.row_count ? *table.row_count : table.num_rows;
+    const long long row = global(piece.rows)[i - piece.first_position];
+    const long long num_rows = table.row_count ? *global(table.row_count) : table.num_rows;
     KEY key = static_cast<KEY>(num_keys);
     if (row >= 0 && row < num_rows) {
         key = static_cast<KEY>(table.first_key + row);
     } else if (row != -1 || !table.drop_missing) {
         // The first to get here says which row it was.
-        if (atomicExch(reinterpret_cast<unsigned long long*>(table.fault), 1ull) == 0) {
-            table.fault[1] = row;
-        }
+        long long* fault = global(table.fault);
+        if (atomicExch(reinterpret_cast<unsigned long long*>(fault), 1ull) == 0) fault[1] = row;
     }
     keys[i] = key;
 }
@@ -66,11 +65,11 @@ __device__ void advance(const Table* tables, long long num_tables, Scalars<A>* s
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= num_tables) return;
     const Table& table = tables[i];
-    const double t = static_cast<double>(++*table.step);
+    const double t = static_cast<double>(++*global(table.step));
     double lr = table.lr;
     if (table.lr_address) {
-        lr = table.lr_bytes == 8 ? *static_cast<const double*>(table.lr_address)
-                                 : *static_cast<const float*>(table.lr_address);
+        lr = table.lr_bytes == 8 ? *global(static_cast<const double*>(table.lr_address))
+                                 : *global(static_cast<const float*>(table.lr_address));
     }
     Scalars<A> s;
     s.one_minus_beta1 = static_cast<A>(1.0 - table.beta1);
@@ -82,8 +81,8 @@ __device__ void advance(const Table* tables, long long num_tables, Scalars<A>* s
     s.grad_scale = static_cast<A>(table.grad_scale);
     s.mean = static_cast<A>(table.mean);
     scalars[i] = s;
-    faults[2 * i] = table.fault[0];
-    faults[2 * i + 1] = table.fault[1];
+    faults[2 * i] = global(table.fault)[0];
+    faults[2 * i + 1] = global(table.fault)[1];
 }
 
 extern "C" __global__ void advance_float(const Table* tables, long long num_tables,

@@ -131,8 +131,8 @@ extern "C" __global__ void settle(Entry* entries, const long long* ids, long lon
         row = rows[i];
         if (is_claimant) {
             entries[places[i]] = Entry{id, row};
-            *reinterpret_cast<long long*>(
-                row_address(id_blocks, block_rows, row, sizeof(long long))) = id;
+            *global(reinterpret_cast<long long*>(
+                row_address(id_blocks, block_rows, row, sizeof(long long)))) = id;
         } else if (row < 0) {
             rows[i] = rows[claimant(row)];
         }

@@ -1,7 +1,7 @@
 // Moving rows in and out of a slot's blocks. Rows are bytes here: UNIT is the widest integer type
 // whose size divides a row's and that the addresses are aligned to.
 //
-// LANES neighbouring threads (a power of two) share a row, each taking every LANES-th unit.
+// 2^log_lanes neighbouring threads share a row, each taking every 2^log_lanes-th unit.
 
 #include "blocks.cuh"
 
@@ -9,44 +9,52 @@ using Unit = UNIT;
 
 constexpr long long MISSING = -1;
 
+// A thread's part of a row.
 struct Share {
     long long item;  // which row of the batch
-    long long lane;
+    long long first;
+    long long stride;
 };
 
-__device__ __forceinline__ Share share(long long lanes) {
+__device__ __forceinline__ Share share(int log_lanes) {
     const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    return Share{i / lanes, i % lanes};
+    const long long lanes = 1ll << log_lanes;
+    return Share{i >> log_lanes, i & (lanes - 1), lanes};
 }
 
 // values[i] = the slot's row rows[i], or zeros if that is MISSING.
 extern "C" __global__ void gather(char* const* blocks, Divisor block_rows, long long row_units,
                                   const long long* rows, Unit* values, long long size,
-                                  long long lanes) {
-    const Share my = share(lanes);
+                                  int log_lanes) {
+    const Share my = share(log_lanes);
     if (my.item >= size) return;
     const long long row = rows[my.item];
     Unit* target = values + my.item * row_units;
     if (row == MISSING) {
-        for (long long k = my.lane; k < row_units; k += lanes) target[k] = Unit{};
+#pragma unroll 1
+        for (long long k = my.first; k < row_units; k += my.stride) target[k] = Unit{};
         return;
     }
     const auto* source = reinterpret_cast<const Unit*>(
         row_address(blocks, block_rows, row, row_units * sizeof(Unit)));
-    for (long long k = my.lane; k < row_units; k += lanes) target[k] = source[k];
+#pragma unroll 1
+    for (long long k = my.first; k < row_units; k += my.stride)
+        global(target)[k] = global(source)[k];
 }
 
 // The slot's row rows[i] = values[order[i]]; `rows` ascends, and of a row that is named several
 // times the last value stays.
 extern "C" __global__ void scatter(char* const* blocks, Divisor block_rows, long long row_units,
                                    const long long* rows, const long long* order,
-                                   const Unit* values, long long size, long long lanes) {
-    const Share my = share(lanes);
+                                   const Unit* values, long long size, int log_lanes) {
+    const Share my = share(log_lanes);
     if (my.item >= size) return;
     const long long row = rows[my.item];
     if (my.item + 1 < size && rows[my.item + 1] == row) return;
     auto* target =
         reinterpret_cast<Unit*>(row_address(blocks, block_rows, row, row_units * sizeof(Unit)));
     const Unit* source = values + order[my.item] * row_units;
-    for (long long k = my.lane; k < row_units; k += lanes) target[k] = source[k];
+#pragma unroll 1
+    for (long long k = my.first; k < row_units; k += my.stride)
+        global(target)[k] = global(source)[k];
 }

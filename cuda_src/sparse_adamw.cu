@@ -9,8 +9,8 @@
 // that a row's gradients form one *run*, in order of occurrence (group.cu makes keys, torch sorts).
 //
 // Who owns what. A block owns a *tile* of TILE sorted positions and the runs that begin there; it
-// looks TILE keys ahead and back. LANES neighbouring threads (a power of two) work on one run, each
-// on VEC neighbouring columns at a time. Nothing is atomic, nothing is cleared beforehand, and no
+// looks TILE keys ahead and back. 2^log_lanes neighbouring threads work on one run, each on VEC
+// neighbouring columns at a time. Nothing is atomic, nothing is cleared beforehand, and no
 // grid depends on data.
 //
 // Per row of width D, in fp32: 12 D bytes read and 12 D written for weights and moments, 4 D read
@@ -37,12 +37,12 @@ constexpr int WARP = 32;
 constexpr int STREAMS = 8;
 constexpr unsigned ALL = 0xffffffffu;
 
-// As many blocks to a multiprocessor as hide the latency of scattered rows: 32 warps, 20 in double
-// precision. Where the compiler would spill for it, or cannot, it chooses itself.
+// As many blocks to a multiprocessor as hide the latency of scattered rows, and as the compiler can
+// do without spilling: 32 warps on Ampere to Hopper, 16 elsewhere.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
 #define OCCUPANCY __launch_bounds__(TILE, sizeof(Acc) == 4 ? 8 : 5)
 #else
-#define OCCUPANCY __launch_bounds__(TILE)
+#define OCCUPANCY __launch_bounds__(TILE, 4)
 #endif
 
 // The gradients of a group in sorted order.
@@ -234,7 +234,7 @@ struct Coalescing {
 // partials [2 * tiles, dim]; long_begin [tiles] becomes the place in the tile at which a long run
 // begins, or -1.
 template <typename Sink>
-__device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink, int lanes,
+__device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink, int log_lanes,
                                           int dim, Acc* partials, int* long_begin) {
     __shared__ KEY keys[3 * TILE];    // those of the tile before, of this one and the one behind
     __shared__ Grad grads[2 * TILE];  // of this tile, and of its last run behind it
@@ -299,9 +299,9 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
     const int chunk = enters ? (TILE - before_tile % TILE) % TILE : TILE;
     const bool has_chunk = enters && keys[TILE + chunk] == entering;
     const int num_items = num_runs + (has_chunk ? 1 : 0);
-    const int lane = thread % lanes;
+    const int lanes = 1 << log_lanes, lane = thread & (lanes - 1);
 #pragma unroll 1
-    for (int item = thread / lanes; item < num_items; item += TILE / lanes) {
+    for (int item = thread >> log_lanes; item < num_items; item += TILE >> log_lanes) {
         const bool is_chunk = item == num_runs;
         const int begin = is_chunk ? chunk : begins[item];
         if (keys[TILE + begin] >= num_keys) continue;
@@ -373,9 +373,9 @@ __device__ __forceinline__ void finish_tile(const Sorted& sorted, const Sink& si
 // Grid: one block of TILE threads per tile.
 extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, long long num_tables,
                                             const Scalars<Acc>* scalars, long long dim,
-                                            long long lanes, Acc* partials, int* long_begin) {
-    walk_tile(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(lanes),
-              static_cast<int>(dim), partials, long_begin);
+                                            int log_lanes, Acc* partials, int* long_begin) {
+    walk_tile(SORTED, Updating{tables, num_tables, scalars, dim}, log_lanes, static_cast<int>(dim),
+              partials, long_begin);
 }
 
 // Updates the rows of long runs. Grid: a block of TILE threads per TILE / WARP tiles.
@@ -389,9 +389,9 @@ extern "C" __global__ void __launch_bounds__(TILE)
 // As `update` and `finish`, with the sums for a result.
 extern "C" __global__ void OCCUPANCY coalesce(SORTED_ARGS, GRAD* values, const long long* ranks,
                                               double scale, long long mean, long long dim,
-                                              long long lanes, Acc* partials, int* long_begin) {
-    walk_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(lanes),
-              static_cast<int>(dim), partials, long_begin);
+                                              int log_lanes, Acc* partials, int* long_begin) {
+    walk_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, log_lanes, static_cast<int>(dim),
+              partials, long_begin);
 }
 
 extern "C" __global__ void __launch_bounds__(TILE)

@@ -25,6 +25,8 @@ from . import _interop
 #: -ftz=true: float32 numbers below 1.2e-38 count as 0 here, unlike on the CPU.)
 OPTIONS = ("-std=c++17", "-fmad=false", "-prec-div=false", "-prec-sqrt=false")
 
+#: Threads that run together (CUDA C++ Programming Guide, "SIMT architecture").
+WARP = 32
 #: Types of elements.cuh.
 TYPE_NAMES = {
     torch.float32: "float",
@@ -173,6 +175,11 @@ def launch(
         function = _function(device, variant, name)
         stream = _interop.stream_of(device)
         function((num_blocks,), (num_threads,), packed, stream=stream)
+
+
+def log_lanes(parts: int) -> int:
+    """Logarithm of how many threads share a row of so many parts: a warp at the most."""
+    return min((parts - 1).bit_length(), WARP.bit_length() - 1)
 
 
 def blocks_for(size: int, num_threads: int) -> int:

@@ -16,14 +16,21 @@ import torch
 from ..._checks import row_error
 from ..._types import MOMENT_DTYPE, Pending, Slot, Update
 from . import _interop
-from ._compile import GROUP, Variant, adamw_variant, blocks_for, launch, widest_vec
-from ._group import TABLE, block_table, divisor, upload
+from ._compile import (
+    GROUP,
+    WARP,
+    Variant,
+    adamw_variant,
+    blocks_for,
+    launch,
+    log_lanes,
+    widest_vec,
+)
+from ._group import PIECE, TABLE, block_table, divisor, upload
 from .segment import Segments, segment
 
-#: Positions per block and threads per block (sparse_adamw.cu).
-TILE = 128
-WARP = 32
-THREADS = 128
+#: Positions per block, and threads per block (sparse_adamw.cu).
+TILE = THREADS = 128
 
 
 class RowReport:
@@ -65,11 +72,6 @@ def _vec(segments: Segments, slots: Sequence[Slot]) -> int:
             fits &= grad.stride(1) == 1 and grad.stride(0) % vec == 0
             fits &= _is_aligned(grad.data_ptr(), grad.dtype, vec)
     return vec if fits else 1
-
-
-def _lanes(dim: int, vec: int) -> int:
-    """Threads that share a row: a power of two, a warp at the most."""
-    return min(1 << (-(-dim // vec) - 1).bit_length(), WARP)
 
 
 def _table(update: Update, first_key: int, fault: torch.Tensor) -> tuple[Any, ...]:
@@ -125,9 +127,16 @@ def _walk(
         np.int64(size),
         np.int64(segments.num_keys),
         segments.pieces,
-        np.int64(segments.pieces.numel() // 6),
+        np.int64(segments.pieces.nbytes // PIECE.itemsize),
     )
-    first = (*sorted_args, *sink, np.int64(dim), np.int64(_lanes(dim, vec)), partials, long_begin)
+    first = (
+        *sorted_args,
+        *sink,
+        np.int64(dim),
+        np.int32(log_lanes(-(-dim // vec))),
+        partials,
+        long_begin,
+    )
     launch(param.device, variant, names[0], tiles, THREADS, first)
     second = (*sorted_args, *sink, np.int64(dim), partials, long_begin)
     launch(param.device, variant, names[1], blocks_for(tiles, THREADS // WARP), THREADS, second)

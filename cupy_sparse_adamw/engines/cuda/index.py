@@ -10,12 +10,11 @@ import torch
 
 from ..._types import Distribution, RowIndex, Slot
 from . import _interop
-from ._compile import UNITS, blocks_for, hash_table_variant, launch, rows_variant
+from ._compile import UNITS, blocks_for, hash_table_variant, launch, log_lanes, rows_variant
 from ._group import block_table, divisor_struct
 from .random import plan_struct
 
 THREADS = 256
-WARP = 32
 #: The kernels that do not touch rows are the same for every dtype.
 _ANY = hash_table_variant(torch.float32)
 
@@ -128,7 +127,7 @@ def _move(name: str, slot: Slot, rows: tuple[torch.Tensor, ...], values: torch.T
     held = [int(slot.addresses()[0])] if slot.num_rows() else []
     unit = _unit(row_bytes, values.data_ptr(), *held)
     units = row_bytes // unit
-    lanes = min(1 << (units - 1).bit_length(), WARP)
+    lanes = log_lanes(units)
     args = (
         block_table(slot),
         divisor_struct(slot.block_size()),
@@ -136,9 +135,9 @@ def _move(name: str, slot: Slot, rows: tuple[torch.Tensor, ...], values: torch.T
         *rows,
         values,
         np.int64(size),
-        np.int64(lanes),
+        np.int32(lanes),
     )
-    num_blocks = blocks_for(size * lanes, THREADS)
+    num_blocks = blocks_for(size << lanes, THREADS)
     launch(slot.device, rows_variant(unit), name, num_blocks, THREADS, args)
 
 
