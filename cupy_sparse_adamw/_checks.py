@@ -68,12 +68,16 @@ def require_betas(betas: Any) -> tuple[Any, Any]:
 
 
 def require_lr(lr: Any) -> float | torch.Tensor:
-    """A learning rate, finite and at least 0; one on a GPU is not read, so not checked either."""
+    """A learning rate, finite and at least 0. Of one on a GPU, which is not read, only the dtype."""
     if not isinstance(lr, torch.Tensor):
         return require_number("lr", lr, 0.0)
     rate: torch.Tensor = lr.detach()
     if rate.device.type == "cpu" or rate.numel() != 1:
         require_number("lr", rate, 0.0)
+    elif rate.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"an lr on a GPU must be float32 or float64, got {rate.dtype}; use lr.float()"
+        )
     return rate
 
 

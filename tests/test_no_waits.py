@@ -228,6 +228,8 @@ def test_an_lr_elsewhere_is_not_read():
     assert require_hyperparams({**group, "lr": lr}).lr.device.type == "meta"
     with pytest.raises(TypeError, match="lr must be a number, got tensor"):
         require_hyperparams({**group, "lr": torch.empty(2, device="meta")})
+    with pytest.raises(TypeError, match=r"lr on a GPU must be float32 or float64, got torch.int64"):
+        require_hyperparams({**group, "lr": torch.empty((), device="meta", dtype=torch.int64)})
 
 
 def test_an_lr_tensor_is_followed():

@@ -87,8 +87,8 @@ def _table(update: Update, first_key: int, fault: torch.Tensor) -> tuple[Any, ..
             lr_address, lr_bytes, lr = lr.data_ptr(), lr.itemsize, 0.0
         elif _interop.is_capturing(pending.param.device):
             raise RuntimeError(
-                f"table {pending.name!r}: a CUDA graph cannot follow an lr that is {lr.dtype} on "
-                f"{lr.device}; make it torch.float32 on {pending.param.device}"
+                f"table {pending.name!r}: a CUDA graph cannot follow an lr on {lr.device}; use "
+                f"torch.tensor(lr, device={str(pending.param.device)!r})"
             )
         else:
             lr = float(lr)
