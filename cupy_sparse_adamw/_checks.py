@@ -68,7 +68,7 @@ def require_betas(betas: Any) -> tuple[Any, Any]:
 
 
 def require_lr(lr: Any) -> float | torch.Tensor:
-    """A learning rate, finite and at least 0. Of one on a GPU, which is not read, only the dtype."""
+    """A learning rate, finite and at least 0; one on a GPU is not read, so only its dtype counts."""
     if not isinstance(lr, torch.Tensor):
         return require_number("lr", lr, 0.0)
     rate: torch.Tensor = lr.detach()

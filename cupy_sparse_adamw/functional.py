@@ -164,8 +164,8 @@ def find_or_insert_(
     """Find each id [N] int64; one that is absent gets a row, its id noted and its values drawn.
 
     The caller holds entries and memory for all that are absent. Which row a new id gets is the
-    engine's choice: a free one if there is one, else a fresh one. If it raises, ``index`` may hold
-    rows that are half made: the caller builds it anew.
+    engine's choice: a free one if there is one, else a fresh one. Rows are counted last. If
+    it raises, entries may hold rows that are not counted: the caller builds them anew.
 
     Returns:
         rows [N] int64.

@@ -131,13 +131,13 @@ class RowStore:
 
     def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
         """``find_or_insert`` where there is room for the new ids, of which there are so many."""
-        index, counters = self._index, self._index.counters.clone()
+        index = self._index
         try:
             rows = functional.find_or_insert_(
                 index, ids, self.ids_by_row, self.embedding, self.seed, self.distribution
             )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
-            index.counters.copy_(counters)
+            index.counters[2:] = 0  # rows that were given but not counted
             index.entries = self._entries(index.entries.shape[0])
             raise
         self._bound += at_most
