@@ -11,9 +11,6 @@
 #ifdef USES_HALF
 #include <cuda_fp16.h>
 #endif
-#ifdef USES_BFLOAT16
-#include <cuda_bf16.h>
-#endif
 
 // Storage alone: arithmetic is in float.
 struct Float16 {
@@ -66,18 +63,20 @@ struct Narrow<Float16> {
 };
 #endif
 
-#ifdef USES_BFLOAT16
+// bfloat16 is the upper half of a float; not every CuPy finds the header that would say so.
 template <typename A>
 __device__ __forceinline__ A widen(BFloat16 x) {
-    return __bfloat162float(__ushort_as_bfloat16(x.bits));
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 }
 template <>
 struct Narrow<BFloat16> {
+    // To nearest, ties to even; NaN stays NaN.
     static __device__ __forceinline__ BFloat16 of(float x) {
-        return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+        const unsigned bits = __float_as_uint(x);
+        const unsigned rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        return BFloat16{static_cast<unsigned short>((x == x ? rounded : bits | 0x400000u) >> 16)};
     }
 };
-#endif
 
 // N neighbours, aligned so that they move as one access of up to 16 bytes.
 template <typename T, int N>

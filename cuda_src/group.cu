@@ -31,7 +31,9 @@ __device__ void make_keys(const Piece* pieces, long long num_pieces, const Rows*
         pieces[last_at_most(pieces, static_cast<int>(num_pieces), &Piece::first_position, i)];
     const Rows& table = tables[piece.table];
     const long long row = global(piece.rows)[i - piece.first_position];
-    const long long num_rows = table.row_count ? *global(table.row_count) : table.num_rows;
+    // Keys have room for num_rows only, though a captured step may find more in use by now.
+    const long long num_rows =
+        table.row_count ? min(*global(table.row_count), table.num_rows) : table.num_rows;
     KEY key = static_cast<KEY>(num_keys);
     if (row >= 0 && row < num_rows) {
         key = static_cast<KEY>(table.first_key + row);

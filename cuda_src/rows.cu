@@ -7,8 +7,6 @@
 
 using Unit = UNIT;
 
-constexpr long long MISSING = -1;
-
 // A thread's part of a row.
 struct Share {
     long long item;  // which row of the batch
@@ -22,15 +20,16 @@ __device__ __forceinline__ Share share(int log_lanes) {
     return Share{i >> log_lanes, i & (lanes - 1), lanes};
 }
 
-// values[i] = the slot's row rows[i], or zeros if that is MISSING.
+// values[i] = the slot's row rows[i]; zeros if that is MISSING, or beyond the num_rows that the slot had
+// when the launch was captured into a graph.
 extern "C" __global__ void gather(char* const* blocks, Divisor block_rows, long long row_units,
-                                  const long long* rows, Unit* values, long long size,
-                                  int log_lanes) {
+                                  const long long* rows, long long num_rows, Unit* values,
+                                  long long size, int log_lanes) {
     const Share my = share(log_lanes);
     if (my.item >= size) return;
     const long long row = rows[my.item];
     Unit* target = values + my.item * row_units;
-    if (row == MISSING) {
+    if (row < 0 || row >= num_rows) {
 #pragma unroll 1
         for (long long k = my.first; k < row_units; k += my.stride) target[k] = Unit{};
         return;

@@ -68,7 +68,7 @@ def require_betas(betas: Any) -> tuple[Any, Any]:
 
 
 def require_lr(lr: Any) -> float | torch.Tensor:
-    """A learning rate, finite and at least 0; one on a GPU is not read, so only its dtype counts."""
+    """A learning rate, finite and at least 0; of one on a GPU, which is not read, the dtype."""
     if not isinstance(lr, torch.Tensor):
         return require_number("lr", lr, 0.0)
     rate: torch.Tensor = lr.detach()
@@ -114,6 +114,11 @@ def require_shape(embedding_shape: Any) -> tuple[int, ...]:
 
 def row_error(name: str, row: int, num_rows: int) -> IndexError:
     """What to raise for a gradient of a row that the table does not have."""
+    if 0 <= row < num_rows:
+        return IndexError(
+            f"table {name!r}: a step captured in a CUDA graph names row {row}, which the table did "
+            f"not have at capture; capture the step anew"
+        )
     return IndexError(
         f"table {name!r}: a gradient names row {row}, but the table has {num_rows} rows"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -102,7 +102,12 @@ class Slot:
     def addresses(self) -> np.ndarray:
         """The address of each block, [blocks] int64. Kept until the slot grows or changes."""
         if self._addresses is None:
-            self._addresses = np.array([b.data_ptr() for b in self.values()], dtype=np.int64)
+            block_bytes = self._block_size * self.dim * self.dtype.itemsize
+            firsts = [
+                slab.data_ptr() + block_bytes * np.arange(-(-slab.shape[0] // self._block_size))
+                for slab in self._slabs
+            ]
+            self._addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
         return self._addresses
 
     def has_block_table(self) -> bool:
@@ -231,6 +236,31 @@ class Update:
     exp_avg_sq: Slot
     step: torch.Tensor
     hyper: Hyperparams
+
+
+class HostCopy(Protocol):
+    """A copy of a small tensor on its way to the host."""
+
+    def ready(self) -> bool:
+        """Whether it has arrived. Never waits."""
+
+    def values(self) -> np.ndarray[Any, Any]:
+        """The copy. Waits for it, but not for what the device was asked to do since."""
+
+
+class Arrived:
+    """A ``HostCopy`` that is there at once: the tensor is waited for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._values: np.ndarray[Any, Any] = tensor.detach().cpu().numpy().copy()
+
+    def ready(self) -> bool:
+        """It is."""
+        return True
+
+    def values(self) -> np.ndarray[Any, Any]:
+        """The copy."""
+        return self._values
 
 
 class RowReport(Protocol):

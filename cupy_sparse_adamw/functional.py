@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ._types import Distribution, Pending, RowIndex, RowReport, Slot, Update
+from ._types import Distribution, HostCopy, Pending, RowIndex, RowReport, Slot, Update
 
 #: Engine -> its module, absolute or relative to this package.
 _MODULES = {"reference": ".reference", "cpu": ".engines.cpu", "cuda": ".engines.cuda"}
@@ -145,6 +145,12 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows, values = _engine(pending.param.device).coalesce(pending)
     return rows, values
+
+
+def copy_to_host(tensor: torch.Tensor) -> HostCopy:
+    """Begin to copy a small tensor to the host, behind what its device has to do."""
+    copy: HostCopy = _engine(tensor.device).copy_to_host(tensor)
+    return copy
 
 
 def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

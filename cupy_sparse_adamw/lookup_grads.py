@@ -22,23 +22,37 @@ class LookupGrad:
         grad: [N, D].
         ids_by_row: the store's slot of that name at that time: which id each row meant.
         version: how often ``grad`` had been written to when it was handed over.
+        stream: the CUDA stream that backward ran on, which may still be writing ``grad``.
     """
 
     rows: torch.Tensor
     grad: torch.Tensor
     ids_by_row: Slot
     version: int = dataclasses.field(init=False)
+    stream: torch.cuda.Stream | None = dataclasses.field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.version = self.grad._version
+        if self.grad.is_cuda:
+            self.stream = torch.cuda.current_stream(self.grad.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied tensor counts versions anew: keep whether it was changed, not the count.
-        return {**self.__dict__, "version": self.version - self.grad._version}
+        return {**self.__dict__, "version": self.version - self.grad._version, "stream": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.version += self.grad._version
+
+    def join(self) -> None:
+        """Let the current stream wait for backward's, as autograd does for Parameters."""
+        if self.stream is None or functional.is_capturing(self.grad.device):
+            return
+        current = torch.cuda.current_stream(self.grad.device)
+        if current != self.stream:
+            current.wait_stream(self.stream)
+            self.grad.record_stream(current)
+            self.rows.record_stream(current)
 
 
 class LookupGrads:
@@ -79,6 +93,7 @@ class LookupGrads:
                     f"table {name!r}: a gradient was changed in place after backward handed it to "
                     f"the table; create the table with copy_grads=True"
                 )
+            left.join()
         pieces = [PendingGrad(self._rows_now(left), left.grad) for left in self._grads]
         if len({piece.grad.dtype for piece in pieces}) > 1:  # a 16-bit table, some given as float32
             pieces = [PendingGrad(rows, grad.float()) for rows, grad in pieces]
@@ -105,6 +120,7 @@ class LookupGrads:
         """Move or convert gradients as the store was; ``before`` was its ``ids_by_row``."""
         moved = []
         for left in self._grads:
+            left.join()
             here = left.ids_by_row is before
             ids_by_row = self._store.ids_by_row if here else left.ids_by_row
             new = LookupGrad(left.rows.to(device), convert(left.grad), ids_by_row)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from . import functional
 from ._types import MISSING, MOMENT_DTYPE, Distribution, RowIndex, Slot
+from .row_bound import RowBound
 
 EMBEDDING = "embedding"
 EXP_AVG = "sparse_adamw_exp_avg"
@@ -15,14 +18,18 @@ EXP_AVG_SQ = "sparse_adamw_exp_avg_sq"
 #: average (Knuth, TAOCP 3, 6.4, linear probing), and the index takes 23 to 46 bytes a row.
 MAX_LOAD = 0.7
 MIN_ENTRIES = 64
+#: Rows entered into an index at once: 1 MiB beside it.
+ROWS_AT_A_TIME = 1 << 16
+#: Where reading their number waits, growing leaves room for so many more batches: by the time that
+#: they are full, a copy of the number has come.
+SPARE_BATCHES = 2
 
 
 class RowStore:
     """The contents of a HashTable.
 
     How many rows there are is known to their device alone. Memory is held for a bound on it that
-    the host keeps, so that an ordinary lookup on a GPU does not wait: each adds its number of ids
-    to the bound, and only when that would take more memory is the number read.
+    the host keeps (``RowBound``), so that an ordinary lookup on a GPU does not wait.
 
     Attributes:
         slots: name -> Slot of width D: "embedding", and moments once there are any. Row r of every
@@ -56,7 +63,8 @@ class RowStore:
         self.seed = seed
         self.distribution = distribution
         self._index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
-        self._bound = 0
+        self._bound = RowBound(self._index.counters, 0)
+        self._is_in_graph = False  # a captured lookup reads the index and the slots as they are
 
     @property
     def embedding(self) -> Slot:
@@ -72,21 +80,12 @@ class RowStore:
     @property
     def num_rows_bound(self) -> int:
         """At least the rows numbered so far, and memory is held for as many. Never waits."""
-        return self._bound if self._counting_waits() else self._recount()
+        return self._bound.at_most()
 
     @property
     def row_count(self) -> torch.Tensor:
         """The rows numbered so far, [1] int64 on their device."""
         return self._index.counters[:1]
-
-    def _counting_waits(self) -> bool:
-        """Whether ``_recount`` has a device to wait for. The CPU's bound is exact."""
-        return self.embedding.device.type != "cpu"
-
-    def _recount(self) -> int:
-        """The rows numbered so far, which the bound is set to. Waits for the device."""
-        self._bound = self._index.counters.tolist()[0]
-        return self._bound
 
     def ids(self) -> torch.Tensor:
         """The ids that have a row, [n] int64, by row."""
@@ -105,6 +104,7 @@ class RowStore:
 
     def find(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [N] of ids [N] int64; ``MISSING`` where there is none."""
+        self._is_in_graph |= functional.is_capturing(ids.device)
         return functional.find(self._index.entries, ids)
 
     def find_or_insert(self, ids: torch.Tensor) -> torch.Tensor:
@@ -118,40 +118,45 @@ class RowStore:
                 "a lookup that may insert rows cannot be captured into a CUDA graph; put the "
                 "table into eval mode, or look up with AdmitHook('ReadOnly')"
             )
-        count = ids.numel()
+        count, bound = ids.numel(), self._bound
         with torch.inference_mode(False):  # rows outlive the mode that they appear in
-            bound = self.num_rows_bound
-            if self._has_room(bound + count) or self._has_room(self._recount() + count):
-                return self._insert(ids, count)
+            for numbered in (bound.at_most, bound.copied, bound.exactly):
+                if self._has_room(numbered() + count):
+                    return self._insert(ids, count)
             rows = self.find(ids)
             distinct = ids[rows == MISSING].unique().numel()  # so that duplicates take no memory
-            # Where counting waits, there is to be room for the next lookup too.
-            self.reserve(self._bound + distinct + (count if self._counting_waits() else 0))
+            spare = SPARE_BATCHES * count if bound.reading_waits() else 0
+            self.reserve(bound.at_most() + distinct + spare)
             return self._insert(ids, distinct) if distinct else rows
 
     def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
         """``find_or_insert`` where there is room for the new ids, of which there are so many."""
         index = self._index
+        self._bound.add(at_most)
         try:
             rows = functional.find_or_insert_(
                 index, ids, self.ids_by_row, self.embedding, self.seed, self.distribution
             )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
             index.counters[2:] = 0  # rows that were given but not counted
-            index.entries = self._entries(index.entries.shape[0])
+            self._enter_rows(index.entries.fill_(MISSING))
             raise
-        self._bound += at_most
+        if not self._has_room(self._bound.at_most() + SPARE_BATCHES * ids.numel()):
+            self._bound.send_copy()
         return rows
 
     # ------------------------------------------------------------------ memory
 
     def reserve(self, rows: int) -> None:
         """Hold memory for at least ``rows`` rows in all. Rows stay where they are."""
+        if not self._has_room(rows):
+            self._leave_graph()
         for slot in (self.ids_by_row, *self.slots.values()):
             slot.reserve(rows)
         capacity = _capacity_for(rows)
         if capacity > self._index.entries.shape[0]:
-            self._index.entries = self._entries(capacity)
+            entries = _empty_entries(capacity, self.embedding.device)
+            self._index.entries = self._enter_rows(entries)
 
     def _has_room(self, rows: int) -> bool:
         slots = (self.ids_by_row, *self.slots.values())
@@ -159,11 +164,23 @@ class RowStore:
             rows <= slot.num_rows() for slot in slots
         )
 
-    def _entries(self, capacity: int) -> torch.Tensor:
-        """An index [capacity, 2] that holds every row."""
-        entries = _empty_entries(capacity, self.embedding.device)
-        functional.insert_(entries, self.ids(), self.rows())
+    def _enter_rows(self, entries: torch.Tensor) -> torch.Tensor:
+        """Put every row into an empty index [C, 2], a part at a time: memory may be short."""
+        count = self.num_rows
+        for first in range(0, count, ROWS_AT_A_TIME):
+            rows = torch.arange(first, min(first + ROWS_AT_A_TIME, count), device=entries.device)
+            functional.insert_(entries, functional.gather(self.ids_by_row, rows).flatten(), rows)
         return entries
+
+    def _leave_graph(self) -> None:
+        """Say that CUDA graphs with lookups of this store do not follow what it becomes."""
+        if self._is_in_graph:
+            self._is_in_graph = False
+            warnings.warn(
+                "a HashTable whose lookups were captured in a CUDA graph grows, or is replaced; "
+                "replays find only the rows that it had before: capture the graph anew",
+                stacklevel=2,
+            )
 
     def new_moments(self) -> tuple[Slot, Slot]:
         """Zeroed slots for exp_avg and exp_avg_sq, not yet part of the store."""
@@ -209,8 +226,9 @@ class RowStore:
                 functional.scatter_(new, rows[kept], functional.gather(slot, old_rows[kept]))
             elif values is not None:
                 functional.scatter_(new, rows, values)
+        self._leave_graph()
         self.slots, self.ids_by_row = slots, ids_by_row
-        self._index, self._bound = index, size
+        self._index, self._bound = index, RowBound(index.counters, size)
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the rows on another device, the embeddings in another dtype."""
@@ -222,7 +240,9 @@ class RowStore:
         index = RowIndex(*(x.to(device) for x in (index.entries, index.counters, index.free_rows)))
         if device != self.embedding.device:
             self.ids_by_row = self.ids_by_row.to(device, torch.int64)
+        self._leave_graph()
         self.slots, self._index = slots, index
+        self._bound = RowBound(index.counters, self._bound.at_most())
 
 
 def _capacity_for(rows: int) -> int:

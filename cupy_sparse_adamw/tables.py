@@ -114,7 +114,7 @@ class EmbeddingTable(Table):
         _checks.require_table_dtype(name, weight.dtype)
         _require_contiguous(name, weight)
         self.weight = weight
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, tuple[Any, Slot]] = {}  # and the memory that each is over
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": {}}
@@ -134,14 +134,12 @@ class EmbeddingTable(Table):
 
     def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
         """The slot over a tensor [R, D], kept while the tensor's memory and dtype stay."""
-        slot = self._slots.get(name)
-        if slot is not None:
-            (held,) = slot.values()
-            # The address that kernels use: a storage may be moved in place (share_memory_).
-            address = int(slot.addresses()[0])
-            if (address, held.dtype, held.shape) == (tensor.data_ptr(), tensor.dtype, tensor.shape):
-                return slot
-        slot = self._slots[name] = Slot.over(name, tensor.detach())
+        # The address that kernels use: a storage may be moved in place (share_memory_).
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+        held, slot = self._slots.get(name, (None, None))
+        if slot is None or held != memory:
+            slot = Slot.over(name, tensor.detach())
+            self._slots[name] = memory, slot
         return slot
 
     def pending(self, name: str) -> Pending | None:

@@ -7,6 +7,7 @@ misaligned, that there are no races, and that every barrier is met by all.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 
@@ -14,7 +15,8 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, bits, relative_error, within_one_ulp
+from oracle import Oracle, bits, relative_error, slot_of, within_one_ulp
+from test_initializers import ANY_IDS, CASES, draw
 from test_update import Table, step
 from torch.overrides import TorchFunctionMode
 
@@ -26,8 +28,8 @@ from cupy_sparse_adamw import (
     _checks,
     functional,
 )
-from cupy_sparse_adamw._types import MISSING, RowIndex, Slot
-from cupy_sparse_adamw.row_store import RowStore
+from cupy_sparse_adamw._types import MISSING, Hyperparams, RowIndex, Slot
+from cupy_sparse_adamw.row_bound import RowBound
 
 pytestmark = pytest.mark.emulated
 
@@ -39,7 +41,9 @@ PAIRS = [(F32, F32), (F64, F64), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F3
 
 
 @pytest.fixture(autouse=True)
-def _emulated():
+def _emulated(monkeypatch):
+    # As on a GPU, where reading the number of rows waits.
+    monkeypatch.setattr(RowBound, "reading_waits", lambda bound: True)
     emulator.load_engine()
     with emulator.active(), functional.use_engine("emulated"):
         yield
@@ -120,6 +124,24 @@ def test_a_16_bit_step_is_the_rounded_one(dtype, grad_dtype):
         assert within_one_ulp(table.values()[0], oracle.param)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_every_setting_of_every_table(dtype):
+    """Settings so far apart that none can stand for another, eps as large as the gradients."""
+    settings = [(0.1, 0.5, 0.75, 0.25, 0.5), (0.2, 0.25, 0.875, 0.5, 0.125), (0.4, 0, 0, 1, 0)]
+    tables = [Table(torch.randn(5, 3, dtype=dtype), 2, Hyperparams(*x)) for x in settings]
+    oracles = [Oracle(t.values()[0], *x) for t, x in zip(tables, settings, strict=True)]
+    for _ in range(3):
+        rows, grads = torch.randint(0, 5, (8,)), torch.randn(8, 3, dtype=dtype)
+        step(tables, [table.pending((rows, grads)) for table in tables])
+        for oracle in oracles:
+            oracle.step(rows, grads)
+    limit = 1e-6 if dtype == F32 else 1e-14
+    for table, oracle in zip(tables, oracles, strict=True):
+        expected = (oracle.param, oracle.exp_avg, oracle.exp_avg_sq)
+        for x, exact in zip(table.values(), expected, strict=True):
+            assert relative_error(x, exact) <= limit
+
+
 def integer_sums(lengths: list[int], dim: int = 1) -> None:
     """Coalesce runs of these lengths, rows in order, gradients whose every sum is exact."""
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -154,6 +176,38 @@ def test_random_runs():
 def test_eight_streams_of_chunks():
     """More chunks than streams, so that each stream adds several; all chunks differ."""
     integer_sums([3, 19 * TILE + 11, 8 * TILE, 9 * TILE, 16 * TILE])
+
+
+@pytest.mark.parametrize("length", [TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 8 * TILE + 1])
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_last_run_ends_with_the_gradients(length, mean):
+    """Behind it there is nothing, or, in the other case, one dropped gradient."""
+    for rows in ([1] * length, [1] * length + [MISSING]):
+        grads = torch.randint(-9, 10, (len(rows), 2), dtype=F64)
+        table = Table(torch.zeros(2, 2, dtype=F64))
+        _, values = functional.coalesce(table.pending((rows, grads), drop_missing=True, mean=mean))
+        total = grads[:length].sum(0, keepdim=True)
+        assert torch.equal(values, total / length if mean else total)
+
+
+@pytest.mark.parametrize("junk", [0, 1, TILE - 1, -1])
+def test_scratch_memory_may_hold_anything(junk, monkeypatch):
+    """Tiles in which no run begins, none but that of dropped gradients, or short ones alone."""
+    rows = torch.cat([torch.tensor([0, 1]), torch.full((4 * TILE,), 2), torch.tensor([3, 3])])
+    rows = torch.cat([rows, torch.full((3 * TILE,), MISSING)])
+    grads = torch.randn(rows.numel(), 2)
+    one, other = (Table(torch.ones(5, 2)) for _ in range(2))
+    step([one], [one.pending((rows, grads), drop_missing=True)])
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan if x.is_floating_point() else junk)
+
+    monkeypatch.setattr(torch, "empty", filled)
+    step([other], [other.pending((rows, grads), drop_missing=True)])
+    for x, y in zip(one.values(), other.values(), strict=True):
+        assert torch.equal(bits(x), bits(y))
 
 
 @pytest.mark.parametrize("length", [TILE, 3 * TILE])
@@ -207,6 +261,57 @@ def test_rows_beyond_4_gib():
     assert torch.equal(pages[0][row + 1], grads[0])
 
 
+def rows_behind(first: int, values: torch.Tensor) -> Slot:
+    """A slot of three blocks of 2**30 rows, of which memory is held for a few: ``first`` and on."""
+    slot = Slot("big", values.shape[1], 2**30, values.dtype, values.device)
+    for block in range(3):
+        slot._append(values.clone() if block == first >> 30 else torch.zeros_like(values))
+    slot._held = 3 * 2**30
+    return slot
+
+
+def test_row_numbers_beyond_32_bits():
+    first = 2**31
+    table = Table(torch.randn(4, 3))
+    big = Table(table.values()[0])
+    big.slots = [rows_behind(first, slot.value()[:4]) for slot in table.slots]
+    rows, grads = torch.tensor([3, 0, 3]), torch.randn(3, 3)
+    step([big], [big.pending((first + rows, grads), num_rows=3 * 2**30)])
+    step([table], [table.pending((rows, grads))])
+    for slot, values in zip(big.slots, table.values(), strict=True):
+        assert torch.equal(bits(slot.values()[2]), bits(values))
+        assert torch.equal(functional.gather(slot, first + rows), values[rows])
+    functional.scatter_(big.slots[0], torch.tensor([first + 1]), grads[:1])
+    assert torch.equal(big.slots[0].values()[2][1], grads[0])
+
+
+@pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
+def test_gradients_whose_strides_exceed_32_bits(strides):
+    """The third element is 2**31 + 2 elements behind the first. Few pages are ever touched."""
+    shape = (3, 1) if strides[0] > 1 else (1, 3)
+    memory = torch.from_numpy(np.zeros(2**31 + 3, dtype=np.float16))
+    emulator.register(memory)
+    grad = memory.as_strided(shape, strides)
+    grad.copy_(torch.randn(shape))
+    rows = torch.tensor([2, 0, 2][: shape[0]])
+    one, other = (Table(torch.ones(3, shape[1], dtype=F16)) for _ in range(2))
+    step([one], [one.pending((rows, grad))])
+    step([other], [other.pending((rows, grad.contiguous()))])
+    for x, y in zip(one.values(), other.values(), strict=True):
+        assert torch.equal(bits(x), bits(y))
+
+
+@pytest.mark.parametrize("num_rows", [2**31 - 1, 2**31])
+def test_the_key_of_a_dropped_gradient_is_the_greatest(num_rows):
+    """It is the number of rows of all tables: 2**31 of them need 64 bits."""
+    table, other = Table(torch.ones(4, 2)), Table(torch.ones(4, 2))
+    grads = torch.randn(3, 2)
+    counted = {"num_rows": num_rows, "row_count": torch.tensor([4]), "drop_missing": True}
+    step([table], [table.pending(([MISSING, 3, MISSING], grads), **counted)])
+    step([other], [other.pending(([3], grads[1:2]))])
+    assert torch.equal(bits(table.values()[0]), bits(other.values()[0]))
+
+
 def test_a_row_count_on_the_device_is_the_limit():
     table = Table(torch.randn(10, 2))
     before = table.values()
@@ -232,6 +337,31 @@ def test_misaligned_weights_take_the_narrow_path():
     assert torch.equal(bits(plain.values()[2]), bits(table.values()[2]))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, F16], ids=str)
+def test_misaligned_gradients_take_the_narrow_path(dtype):
+    """Rows of 8 that begin off 16 bytes: by their stride, by their first address, by both."""
+    memory = torch.randn(40).to(dtype)
+    wide = memory[:36].view(4, 9)
+    for grad in (wide[:, :8], memory[1:33].view(4, 8), wide[:, 1:]):
+        one, other = (Table(torch.ones(3, 8, dtype=dtype)) for _ in range(2))
+        step([one], [one.pending(([2, 0, 2, 2], grad))])
+        step([other], [other.pending(([2, 0, 2, 2], grad.clone()))])
+        for x, y in zip(one.values(), other.values(), strict=True):
+            assert torch.equal(bits(x), bits(y))
+
+
+def test_rows_move_between_misaligned_places():
+    memory, values = torch.randn(1 + 3 * 4), torch.randn(1 + 2 * 4)
+    weight, given = memory[1:].view(3, 4), values[1:].view(2, 4)
+    slot = Slot.over("narrowed", weight)
+    assert torch.equal(functional.gather(slot, torch.tensor([2, 0])), weight[[2, 0]])
+    functional.scatter_(slot, torch.tensor([0, 1]), given)
+    assert torch.equal(weight[:2], given)
+    slot = slot_of(torch.zeros(3, 4), 3)
+    functional.scatter_(slot, torch.tensor([0, 2]), given)
+    assert torch.equal(slot.value()[[0, 2]], given)
+
+
 # ---------------------------------------------------------------------- launches and waits
 
 
@@ -253,6 +383,26 @@ def test_launches_do_not_count_tables(count):
         "update",
         "finish",
     ]
+
+
+def test_each_of_many_tables_is_updated():
+    """More tables than threads in a block, each with a count of steps of its own."""
+    size = 300
+    tables = [Table(torch.randn(2, 1, dtype=F64)) for _ in range(size)]
+    oracles = [Oracle(table.values()[0]) for table in tables]
+    for i, table in enumerate(tables):
+        table.t += i
+    grads = torch.randn(size, 1, dtype=F64)
+    pending = [table.pending(([1], grads[i : i + 1])) for i, table in enumerate(tables)]
+    step(tables, pending)
+    for i, (table, oracle) in enumerate(zip(tables, oracles, strict=True)):
+        oracle.t = i
+        oracle.step([1], grads[i : i + 1])
+        assert table.t.item() == i + 1
+        assert relative_error(table.values()[0], oracle.param) <= 1e-14
+    pending[200] = tables[200].pending(([2], grads[:1]), name="t200")
+    with pytest.raises(IndexError, match="table 't200': a gradient names row 2,"):
+        step(tables, pending)
 
 
 def test_a_lookup_is_three_launches():
@@ -320,8 +470,7 @@ def test_the_trap_catches_a_wait(wait):
 
 
 def test_nothing_on_the_steps_path_waits(monkeypatch):
-    """Training as on a GPU (the count of rows is not known for free): lookup, backward, step."""
-    monkeypatch.setattr(RowStore, "_counting_waits", lambda store: True)
+    """Lookup, backward, step."""
     monkeypatch.setattr(
         emulator.interop.HostCopy, "values", lambda copy: pytest.fail("waits for a copy")
     )
@@ -380,6 +529,35 @@ def test_a_row_out_of_range_is_raised_when_the_copy_has_come():
     with pytest.raises(IndexError, match=r"table 'bad': a gradient names row -1"):
         optimizer.state_dict()
     assert optimizer.state_dict()["state"]["good"]["step"] == 4
+
+
+def test_of_many_rows_out_of_range_one_is_noted():
+    """The one that was first, in whatever order threads run; and the first fault stays."""
+    rows = torch.tensor([-5, 1, 99, MISSING, 6] * 100)
+    for seed in SEEDS:
+        with emulator.using(seed=seed):
+            table, fault = Table(torch.zeros(6, 2)), torch.zeros(2, dtype=torch.int64)
+            options = {"drop_missing": True, "fault": fault}
+            for batch in (rows, torch.full((500,), -7)):
+                with pytest.raises(IndexError, match=r"row (-5|99|6),"):
+                    step([table], [table.pending((batch, torch.ones(500, 2)), **options)])
+                assert fault.tolist() in ([1, -5], [1, 99], [1, 6])
+
+
+def test_rows_below_missing_are_never_dropped():
+    for drop_missing in (True, False):
+        table = Table(torch.zeros(6, 2))
+        pending = table.pending(([-2], torch.ones(1, 2)), drop_missing=drop_missing)
+        with pytest.raises(IndexError, match="row -2,"):
+            step([table], [pending])
+
+
+def test_row_0_of_an_empty_table_is_out_of_range():
+    table = Table(torch.zeros(2, 2))
+    counted = {"num_rows": 2, "row_count": torch.tensor([0])}
+    with pytest.raises(IndexError, match="row 0, but the table has 0 rows"):
+        step([table], [table.pending(([0], torch.ones(1, 2)), **counted)])
+    assert not table.values()[1].any()
 
 
 # ---------------------------------------------------------------------- graph capture
@@ -481,6 +659,77 @@ def test_what_cannot_be_captured_says_so():
         table(torch.tensor([1, 2, 9]), AdmitHook("ReadOnly"))
 
 
+def test_a_replay_knows_the_rows_of_its_capture_only():
+    """Rows that a table got since would have the keys of the next table's: they are reported."""
+
+    def normal(name):
+        return HashTable([4], 16, initializer=NormalInitializer(), name=name)
+
+    tables = [normal("a"), normal("b")]
+    optimizer = SparseAdamW({t.name: t for t in tables}, lr=0.1)
+    read_only, ids = AdmitHook("ReadOnly"), torch.arange(10)
+    for table in tables:
+        table.reserve(500)
+
+    def backward():
+        sum(table(ids, read_only).pow(2).sum() for table in tables).backward()
+
+    for table in tables:
+        table(torch.arange(10))
+    for _ in range(2):
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with emulator.capture() as graph:
+        backward()
+        optimizer.step()
+    graph.replay()
+    tables[0](torch.arange(10, 400))  # memory was held, so nothing grows
+    before = tables[1].embeddings()
+    ids += 380
+    graph.replay()
+    assert torch.equal(tables[1].embeddings(), before)
+    with pytest.raises(IndexError, match="table 'a': a step captured in a CUDA graph names row"):
+        optimizer.state_dict()
+
+
+def test_what_a_graph_reads_stays_when_the_table_changes():
+    table = HashTable([4], 16, initializer=NormalInitializer())
+    table(torch.arange(10))
+    read_only = AdmitHook("ReadOnly")
+    ids = torch.arange(10)
+    with torch.no_grad():
+        table(ids, read_only)
+        with emulator.capture() as graph:
+            out = table(ids, read_only)
+    graph.replay()
+    expected = out.clone()
+    kept = importlib.import_module("cupy_sparse_adamw.engines.emulated._group")._kept_for_graphs
+    store = table._store
+    assert any(x is store._index.entries for x in kept)
+    assert any(isinstance(x, tuple) and x[0] is store.embedding.block_table() for x in kept)
+    with pytest.warns(UserWarning, match="captured in a CUDA graph grows, or is replaced"):
+        table(torch.arange(10, 1000))
+    graph.replay()
+    assert torch.equal(out, expected)
+    table.clear()
+    graph.replay()  # of memory that is still there
+    assert torch.equal(out, expected)
+
+
+def test_a_kernel_that_is_not_loaded_breaks_no_capture():
+    table = Table(torch.randn(4, 6))
+    grads = torch.randn(2, 6)
+    step([table], [table.pending(([1, 2], grads))])
+    compiled = importlib.import_module("cupy_sparse_adamw.engines.emulated._compile")
+    compiled._function.cache_clear()
+    with (
+        emulator.using(capturing=True),
+        pytest.raises(RuntimeError, match=r"kernel store_words.*not loaded yet.*run one such step"),
+    ):
+        step([table], [table.pending(([1, 2], grads))])
+
+
 # ---------------------------------------------------------------------- hash tables
 
 
@@ -563,6 +812,48 @@ def test_an_index_that_is_nearly_full_wraps_around():
             copy = torch.full((128, 2), MISSING)
             functional.insert_(copy, ids.unique(), functional.find(entries, ids.unique()))
             assert torch.equal(functional.find(copy, ids), rows)
+
+
+def test_an_index_is_the_same_on_every_engine():
+    """What the CPU engine entered is found, and the other way round, wherever searches begin."""
+    ids = torch.cat([torch.arange(-40, 40), torch.arange(1, 40) << 40, torch.tensor([2**63 - 1])])
+    rows = torch.randperm(ids.numel())
+    for writer, reader in (("cpu", "emulated"), ("emulated", "cpu")):
+        entries = torch.full((256, 2), MISSING)
+        with functional.use_engine(writer):
+            functional.insert_(entries, ids, rows)
+        with functional.use_engine(reader):
+            assert torch.equal(functional.find(entries, ids), rows)
+
+
+@pytest.mark.parametrize("dim", [33, 64, 130, 1000])
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=str)
+def test_rows_of_more_units_than_threads(dtype, dim):
+    """Gathered, scattered, and read as zeros where there is no row."""
+    values = torch.randn(9, dim).to(dtype)
+    slot = slot_of(values, 4)
+    rows = torch.tensor([8, MISSING, 0, 3, 8])
+    expected = values[rows]
+    expected[1] = 0
+    assert torch.equal(bits(functional.gather(slot, rows)), bits(expected))
+    new = torch.randn(3, dim).to(dtype)
+    functional.scatter_(slot, torch.tensor([7, 2, 7]), new)
+    values[2], values[7] = new[1], new[2]
+    assert torch.equal(bits(slot.value()[:9]), bits(values))
+
+
+@pytest.mark.parametrize("dim", [1, 6, 130])
+@pytest.mark.parametrize("name", CASES)
+def test_initial_values_are_those_of_the_reference(name, dim):
+    """To the accuracy of two good quantile functions, in every part of the distribution."""
+    ids = torch.cat([torch.tensor(ANY_IDS), torch.arange(1200 // dim)])
+    values = [
+        draw(functional.load_engine(engine), CASES[name], ids, dim)
+        for engine in ("emulated", "reference")
+    ]
+    _, loc, scale, low, high = CASES[name].distribution(16, 64)
+    size = abs(loc) + scale or high - low
+    torch.testing.assert_close(*values, rtol=0, atol=1e-13 * size)
 
 
 def test_growing_moves_no_row():

@@ -22,6 +22,7 @@ from cupy_sparse_adamw._types import Slot
 
 OPERATIONS = [
     "coalesce",
+    "copy_to_host",
     "find",
     "find_or_insert_",
     "gather",

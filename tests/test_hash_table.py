@@ -668,3 +668,20 @@ def test_lookups_from_several_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---------------------------------------------------------------------- nothing to update
+
+
+@pytest.mark.parametrize("case", ["eval", "no ids", "cleared"])
+def test_a_step_of_a_table_without_rows(engine, case):
+    """t advances, and there is nothing else to do (SPEC §1)."""
+    table = HashTable([4], device=torch.ones(0).device)
+    optimizer = SparseAdamW({"t": table})
+    table.train(case != "eval")
+    table(torch.arange(0 if case == "no ids" else 3)).sum().backward()
+    if case == "cleared":
+        table.clear()
+    optimizer.step()
+    assert optimizer.state_dict()["state"]["t"]["step"] == 1
+    assert len(table) == 0

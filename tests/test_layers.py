@@ -34,7 +34,8 @@ ALLOWED = {
     "cuda_src": set(),
     "functional": LEAVES | {"reference"} | ENGINES,
     "tables": LEAVES,
-    "row_store": LEAVES | {"functional"},
+    "row_bound": LEAVES | {"functional"},
+    "row_store": LEAVES | {"functional", "row_bound"},
     "lookup_grads": LEAVES | {"functional", "row_store"},
     "hooks": LEAVES,
     "hash_table": LEAVES

@@ -12,9 +12,16 @@ import pytest
 import torch
 from oracle import bits
 
-from cupy_sparse_adamw import AdmitHook, HashTable, NormalInitializer, SparseAdamW, functional
+from cupy_sparse_adamw import (
+    AdmitHook,
+    HashTable,
+    NormalInitializer,
+    SparseAdamW,
+    functional,
+    row_store,
+)
 from cupy_sparse_adamw._checks import require_hyperparams, row_error
-from cupy_sparse_adamw.row_store import RowStore
+from cupy_sparse_adamw.row_bound import RowBound
 
 # ---------------------------------------------------------------------- how many rows there are
 
@@ -23,10 +30,35 @@ from cupy_sparse_adamw.row_store import RowStore
 def counts(monkeypatch) -> list[int]:
     """Counting waits, as on a GPU; how often it was done since the list was cleared."""
     done: list[int] = []
-    recount = RowStore._recount
-    monkeypatch.setattr(RowStore, "_counting_waits", lambda store: True)
-    monkeypatch.setattr(RowStore, "_recount", lambda store: done.append(1) or recount(store))
+    exactly = RowBound.exactly
+    monkeypatch.setattr(RowBound, "reading_waits", lambda bound: True)
+    monkeypatch.setattr(RowBound, "exactly", lambda bound: done.append(1) or exactly(bound))
     return done
+
+
+class Copy:
+    """A HostCopy that arrives when a test says so; waiting for it is noted."""
+
+    sent: list[Copy] = []  # noqa: RUF012 - of one test
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.is_ready, self.was_waited_for = tensor.clone(), False, False
+        self.sent.append(self)
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def values(self):
+        self.was_waited_for |= not self.is_ready
+        return self.tensor.numpy()
+
+
+@pytest.fixture
+def copies(monkeypatch) -> list[Copy]:
+    """Those that are sent, in order; none arrives by itself."""
+    Copy.sent = []
+    monkeypatch.setattr(functional, "copy_to_host", Copy)
+    return Copy.sent
 
 
 def normal_table(**options) -> HashTable:
@@ -34,7 +66,7 @@ def normal_table(**options) -> HashTable:
     return HashTable([2], initializer=NormalInitializer(generator=generator), **options)
 
 
-def test_lookups_count_only_where_memory_may_not_do(counts):
+def test_lookups_count_only_where_memory_may_not_do(counts, copies):
     table = normal_table(block_size=10)
     store = table._store
     table.reserve(100)
@@ -43,13 +75,9 @@ def test_lookups_count_only_where_memory_may_not_do(counts):
         table(torch.arange(first, first + 20))
     assert counts == []
     assert store.num_rows_bound == len(table) == 100
-    for done in (1, 1, 2):  # a full table, then one with room for a batch
-        table(torch.arange(20))
-        assert len(counts) == done
-    assert len(table) == 100
 
 
-def test_the_bound_counts_ids_that_were_known(counts):
+def test_the_bound_counts_ids_that_were_known(counts, copies):
     table = normal_table(block_size=10)
     store = table._store
     table.reserve(100)
@@ -58,28 +86,86 @@ def test_the_bound_counts_ids_that_were_known(counts):
         table(torch.arange(10))
     assert counts == []
     assert (store.num_rows_bound, len(table)) == (100, 10)
-    table(torch.arange(10))
-    assert counts == [1]  # there was room after all
-    assert (store.num_rows_bound, store.embedding.num_rows()) == (20, 100)
 
 
-def test_growing_leaves_room_for_one_more_batch(counts):
+def test_a_copy_that_has_come_lowers_the_bound(counts, copies):
+    """It is sent when two more batches may not fit, and taken over as soon as it is there."""
+    table = normal_table(block_size=10)
+    store = table._store
+    table.reserve(60)  # 63 entries of 90 may be filled, memory holds 60
+    counts.clear()
+    for expected in (0, 0, 0, 0, 1):
+        table(torch.arange(10))
+        assert len(copies) == expected
+    table(torch.arange(10, 20))  # one more batch behind the copy
+    assert store.num_rows_bound == 60
+    copies[0].is_ready = True
+    assert store.num_rows_bound == 10 + 10
+    assert not copies[0].was_waited_for
+    assert counts == []
+    assert len(table) == 20
+
+
+def test_a_lookup_waits_for_the_copy_before_it_counts(counts, copies):
+    table = normal_table(block_size=10)
+    table.reserve(60)
+    counts.clear()
+    for _ in range(7):
+        table(torch.arange(10))
+    assert counts == []
+    assert copies[0].was_waited_for
+    assert table._store.num_rows_bound == 10 + 20  # the batch behind the copy, and this one
+    assert table._store.embedding.num_rows() == 60
+
+
+def test_in_the_long_run_no_lookup_counts(counts):
+    """Copies arrive at once here; known ids, looked up in a table that is as full as it gets."""
+    table = normal_table(block_size=16)
+    ids = torch.arange(1000)
+    for part in ids.split(100):
+        table(part)
+    counts.clear()
+    for _ in range(200):
+        table(ids[torch.randint(0, 1000, (100,))])
+    assert counts == []
+    assert len(table) == 1000
+
+
+def test_growing_leaves_room_for_two_more_batches(counts, copies):
     table = normal_table(block_size=1)
     store = table._store
     ids = torch.tensor([1, 2, 3, 4, 4, 4, 4, 4])
     table(ids)
-    assert (store.num_rows_bound, store.embedding.num_rows()) == (4, 4 + 8)
+    assert (store.num_rows_bound, store.embedding.num_rows()) == (4, 4 + 2 * 8)
     counts.clear()
-    table(ids + 100)
+    for more in (100, 200):
+        table(ids + more)
     assert counts == []
-    assert len(table) == 8
+    assert len(table) == 12
+
+
+def test_a_lookup_that_was_interrupted_is_in_the_bound(counts, monkeypatch):
+    """Its rows may have been numbered all the same."""
+    table = normal_table(block_size=10)
+    table.reserve(100)
+    right = functional.find_or_insert_
+
+    def interrupted(*args):
+        right(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(functional, "find_or_insert_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table(torch.arange(30))
+    assert table._store.num_rows_bound >= len(table) == 30
+    assert table._store.find(torch.arange(30)).sort().values.tolist() == list(range(30))
 
 
 def test_rows_and_values_do_not_depend_on_bounds(monkeypatch):
     """The same program with and without counting: the same ids, rows and values."""
     tables = []
     for waits in (True, False):
-        monkeypatch.setattr(RowStore, "_counting_waits", lambda store, waits=waits: waits)
+        monkeypatch.setattr(RowBound, "reading_waits", lambda bound, waits=waits: waits)
         torch.manual_seed(1)
         table = normal_table(block_size=3)
         for size in (1, 0, 40, 7, 300, 300, 5, 300):
@@ -131,6 +217,14 @@ def test_a_failed_insertion_takes_its_count_back(monkeypatch):
             table(torch.arange(100))
     assert table._store._index.counters.tolist() == [5, 0, 0]
     assert table._store.find(torch.arange(7)).tolist() == [0, 1, 2, 3, 4, -1, -1]
+
+
+def test_a_large_index_is_filled_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(row_store, "ROWS_AT_A_TIME", 7)
+    table = normal_table(block_size=2)
+    for part in torch.arange(500).split(50):
+        table(part)
+    assert table._store.find(torch.arange(500)).tolist() == list(range(500))
 
 
 # ---------------------------------------------------------------------- t

@@ -4,13 +4,15 @@ Every operation has the name and signature of its fast counterpart in ``engines`
 runs them on the same cases.
 """
 
-from .adamw import coalesce, is_capturing, segment, sparse_adamw_
+from .adamw import coalesce, segment, sparse_adamw_
 from .blocks import gather, scatter_
+from .device import copy_to_host, is_capturing
 from .index import find, find_or_insert_, insert_
 from .random import init_rows_
 
 __all__ = [
     "coalesce",
+    "copy_to_host",
     "find",
     "find_or_insert_",
     "gather",

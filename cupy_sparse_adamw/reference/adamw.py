@@ -90,8 +90,3 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     """
     segments = segment([pending])
     return segments.rows[0], segments.sums[0].to(pending.pieces[0].grad.dtype)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether torch's current stream is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

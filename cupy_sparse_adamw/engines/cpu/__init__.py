@@ -1,12 +1,14 @@
 """The CPU engine: Numba loops over blocks of rows, compiled at first use and cached on disk."""
 
-from .adamw import coalesce, is_capturing, sparse_adamw_
+from .adamw import coalesce, sparse_adamw_
+from .device import copy_to_host, is_capturing
 from .index import find, find_or_insert_, gather, insert_, scatter_
 from .random import init_rows_
 from .segment import segment
 
 __all__ = [
     "coalesce",
+    "copy_to_host",
     "find",
     "find_or_insert_",
     "gather",

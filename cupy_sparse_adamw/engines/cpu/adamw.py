@@ -394,8 +394,3 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         values.data_ptr(),
     )
     return torch.from_numpy(rows), values
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is done on the device now is recorded rather than done: never on the CPU."""
-    return False

@@ -4,12 +4,14 @@ Importing it raises ImportError, with the way out, where CuPy or a GPU is missin
 """
 
 from .adamw import coalesce, sparse_adamw_
-from .index import find, find_or_insert_, gather, insert_, is_capturing, scatter_
+from .device import copy_to_host, is_capturing
+from .index import find, find_or_insert_, gather, insert_, scatter_
 from .random import init_rows_
 from .segment import segment
 
 __all__ = [
     "coalesce",
+    "copy_to_host",
     "find",
     "find_or_insert_",
     "gather",

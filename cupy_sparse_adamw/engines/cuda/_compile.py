@@ -47,9 +47,8 @@ class Variant(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """The compiler's options."""
         macros = [f"-D{name}={value}" for name, value in self.macros]
-        values = {value for _, value in self.macros}
-        uses = {"Float16": "-DUSES_HALF", "BFloat16": "-DUSES_BFLOAT16"}
-        return (*OPTIONS, *macros, *(flag for name, flag in uses.items() if name in values))
+        uses_half = "Float16" in (value for _, value in self.macros)
+        return (*OPTIONS, *macros, *(["-DUSES_HALF"] if uses_half else []))
 
 
 GROUP = Variant("group.cu")
@@ -133,12 +132,28 @@ def source(file: str) -> str:
 
 @functools.cache
 def _function(device: torch.device, variant: Variant, name: str) -> Any:
+    if _interop.is_capturing(device):
+        raise RuntimeError(
+            f"kernel {name} of {variant.file} is not loaded yet for such tensors, and loading it "
+            f"would break a CUDA graph's capture; run one such step, or lookup, before capturing"
+        )
     return _module(device, variant).get_function(name)
 
 
 @functools.cache
 def _module(device: torch.device, variant: Variant) -> Any:
     return _interop.RawModule(code=source(variant.file), options=variant.options())
+
+
+def load(device: torch.device, *kernels: tuple[Variant, str]) -> None:
+    """Compile and load kernels (variant, name) that will be launched.
+
+    Raises:
+        RuntimeError: one is not loaded yet, and the stream is being captured.
+    """
+    with _interop.on_device(device):
+        for variant, name in kernels:
+            _function(device, variant, name)
 
 
 def _packed(argument: Any) -> Any:

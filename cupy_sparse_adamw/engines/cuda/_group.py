@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,20 @@ def divisor(number: int) -> tuple[int, int, int]:
 def divisor_struct(number: int) -> np.ndarray[Any, Any]:
     """``Divisor`` as a kernel argument by value: 0-d, which every CuPy takes."""
     return np.array(divisor(number), dtype=DIVISOR)
+
+
+#: What captured graphs read, and nothing else may hold any more. Nobody tells when a graph is gone.
+_kept_for_graphs: list[object] = []
+
+
+def keep_for_graph(things: Iterable[Slot | torch.Tensor], device: torch.device) -> None:
+    """Under capture, keep tensors, and slots' memory as it is now: a replay reads it."""
+    if _interop.is_capturing(device):
+        for thing in things:
+            if isinstance(thing, Slot):
+                _kept_for_graphs.append((thing.block_table(), thing.values()))
+            else:
+                _kept_for_graphs.append(thing)
 
 
 def block_table(slot: Slot) -> torch.Tensor:

@@ -23,14 +23,15 @@ from ._compile import (
     adamw_variant,
     blocks_for,
     launch,
+    load,
     log_lanes,
     widest_vec,
 )
-from ._group import PIECE, TABLE, block_table, divisor, upload
-from .segment import Segments, segment
+from ._group import PIECE, TABLE, block_table, divisor, keep_for_graph, upload
+from .segment import TILE, Segments, segment
 
-#: Positions per block, and threads per block (sparse_adamw.cu).
-TILE = THREADS = 128
+#: Threads per block: one for each position of a tile.
+THREADS = TILE
 
 
 class RowReport:
@@ -66,7 +67,8 @@ def _vec(segments: Segments, slots: Sequence[Slot]) -> int:
     vec = widest_vec(segments.pending[0].param.dtype)
     fits = segments.dim % vec == 0
     for slot in slots:
-        fits &= _is_aligned(int(slot.addresses()[0]), slot.dtype, vec)
+        if slot.num_rows():
+            fits &= _is_aligned(int(slot.addresses()[0]), slot.dtype, vec)
     for table in segments.pending:
         for _, grad in table.pieces:
             fits &= grad.stride(1) == 1 and grad.stride(0) % vec == 0
@@ -116,30 +118,21 @@ def _walk(
     segments: Segments, variant: Variant, vec: int, names: tuple[str, str], sink: tuple[Any, ...]
 ) -> None:
     """Run both kernels over all runs: short runs and chunks of long ones, then long ones."""
-    param, size, dim = segments.pending[0].param, segments.keys.numel(), segments.dim
-    tiles = blocks_for(size, TILE)
-    acc = MOMENT_DTYPE[param.dtype]
-    partials = torch.empty(2 * tiles, dim, dtype=acc, device=param.device)
-    long_begin = torch.empty(tiles, dtype=torch.int32, device=param.device)
+    device, dim, tiles = segments.keys.device, np.int64(segments.dim), segments.long_begin.numel()
     sorted_args = (
         segments.keys,
         segments.order,
-        np.int64(size),
+        np.int64(segments.keys.numel()),
         np.int64(segments.num_keys),
         segments.pieces,
         np.int64(segments.pieces.nbytes // PIECE.itemsize),
     )
-    first = (
-        *sorted_args,
-        *sink,
-        np.int64(dim),
-        np.int32(log_lanes(-(-dim // vec))),
-        partials,
-        long_begin,
-    )
-    launch(param.device, variant, names[0], tiles, THREADS, first)
-    second = (*sorted_args, *sink, np.int64(dim), partials, long_begin)
-    launch(param.device, variant, names[1], blocks_for(tiles, THREADS // WARP), THREADS, second)
+    room = (segments.partials, segments.long_begin)
+    lanes = np.int32(log_lanes(-(-segments.dim // vec)))
+    first = (*sorted_args, *sink, dim, lanes, *room)
+    launch(device, variant, names[0], tiles, THREADS, first)
+    second = (*sorted_args, *sink, dim, *room)
+    launch(device, variant, names[1], blocks_for(tiles, THREADS // WARP), THREADS, second)
 
 
 def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> RowReport | None:
@@ -169,23 +162,21 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> RowReport | 
         dtype=TABLE,
     )
     vec = _vec(segments, slots)
-    tables, count = upload(descriptors, device), len(updates)
     acc = MOMENT_DTYPE[dtype]
+    variant = adamw_variant(dtype, segments.grad_dtype, segments.keys.dtype, vec)
+    advance = "advance_float" if acc == torch.float32 else "advance_double"
+    # Whatever may fail comes before the first launch, which counts the step.
+    load(device, (GROUP, advance), (variant, "update"), (variant, "finish"))
+    tensors = [x for u in updates for x in (u.step, u.hyper.lr, u.pending.row_count)]
+    keep_for_graph([*slots, *segments.faults, *filter(torch.is_tensor, tensors)], device)
+    tables, count = upload(descriptors, device), len(updates)
     scalars = torch.empty(count, 8, dtype=acc, device=device)
     faults = torch.empty(count, 2, dtype=torch.int64, device=device)
-    launch(
-        device,
-        GROUP,
-        "advance_float" if acc == torch.float32 else "advance_double",
-        blocks_for(count, THREADS),
-        THREADS,
-        (tables, np.int64(count), scalars, faults),
-    )
-    variant = adamw_variant(dtype, segments.grad_dtype, segments.keys.dtype, vec)
-    _walk(segments, variant, vec, ("update", "finish"), (tables, np.int64(count), scalars))
-    if _interop.is_capturing(device):
-        return None
-    return RowReport(segments.pending, faults)
+    is_captured = _interop.is_capturing(device)
+    arguments = (tables, np.int64(count), scalars)
+    launch(device, GROUP, advance, blocks_for(count, THREADS), THREADS, (*arguments, faults))
+    _walk(segments, variant, vec, ("update", "finish"), arguments)
+    return None if is_captured else RowReport(segments.pending, faults)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:

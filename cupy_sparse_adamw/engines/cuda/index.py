@@ -5,23 +5,19 @@ Kernels: ``cuda_src/hash_table.cu``, ``cuda_src/rows.cu``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from ..._types import Distribution, RowIndex, Slot
-from . import _interop
 from ._compile import UNITS, blocks_for, hash_table_variant, launch, log_lanes, rows_variant
-from ._group import block_table, divisor_struct
+from ._group import block_table, divisor_struct, keep_for_graph
 from .random import plan_struct
 
 THREADS = 256
 #: The kernels that do not touch rows are the same for every dtype.
 _ANY = hash_table_variant(torch.float32)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether torch's current stream is being captured into a CUDA graph."""
-    return _interop.is_capturing(device)
 
 
 def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -36,6 +32,7 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """
     ids, size = ids.contiguous(), ids.numel()
     rows = torch.empty_like(ids)
+    keep_for_graph([entries], ids.device)
     args = (entries, np.int64(entries.shape[0]), ids, rows, np.int64(size))
     launch(ids.device, _ANY, "find", blocks_for(size, THREADS), THREADS, args)
     return rows
@@ -94,7 +91,6 @@ def find_or_insert_(
         index.counters,
         index.free_rows,
     )
-    launch(ids.device, variant, "find_or_claim", num_blocks, THREADS, claim)
     settle = (
         index.entries,
         ids,
@@ -108,6 +104,8 @@ def find_or_insert_(
         np.int64(embedding.dim),
         plan_struct(distribution, embedding.dtype, seed),
     )
+    # Nothing between the two may fail: the first leaves claims that only the second resolves.
+    launch(ids.device, variant, "find_or_claim", num_blocks, THREADS, claim)
     launch(ids.device, variant, "settle", num_blocks, THREADS, settle)
     return rows
 
@@ -119,8 +117,15 @@ def _unit(row_bytes: int, *addresses: int) -> int:
     )
 
 
-def _move(name: str, slot: Slot, rows: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
-    """Run a kernel of rows.cu on rows of a slot and of ``values`` [N, D]."""
+def _move(name: str, slot: Slot, rows: tuple[Any, ...], values: torch.Tensor) -> None:
+    """Run a kernel of rows.cu on rows of a slot and of ``values`` [N, D].
+
+    Args:
+        name: the kernel.
+        slot: where rows are.
+        rows: which, [N] int64, and what else the kernel wants to know of them.
+        values: [N, D], contiguous.
+    """
     size, row_bytes = rows[0].numel(), slot.dim * slot.dtype.itemsize
     if size == 0:
         return
@@ -138,6 +143,7 @@ def _move(name: str, slot: Slot, rows: tuple[torch.Tensor, ...], values: torch.T
         np.int32(lanes),
     )
     num_blocks = blocks_for(size << lanes, THREADS)
+    keep_for_graph([slot], slot.device)
     launch(slot.device, rows_variant(unit), name, num_blocks, THREADS, args)
 
 
@@ -152,7 +158,7 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
         values [N, D] of the slot's dtype.
     """
     values = torch.empty(rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device)
-    _move("gather", slot, (rows.contiguous(),), values)
+    _move("gather", slot, (rows.contiguous(), np.int64(slot.num_rows())), values)
     return values
 
 

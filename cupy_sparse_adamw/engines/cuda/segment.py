@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..._types import Pending
+from ..._types import MOMENT_DTYPE, Pending
 from ._compile import GROUP, blocks_for, launch
 from ._group import PIECE, ROWS, upload
 
 THREADS = 256
+#: Sorted positions per block of the update (sparse_adamw.cu).
+TILE = 128
 #: More gradient rows than torch.sort takes on a GPU.
 MAX_SIZE = 2**31 - 1
 
@@ -35,6 +37,8 @@ class Segments:
         keys: [N] int32 or int64, sorted.
         order: [N] int64: position, in order of occurrence, of each sorted gradient.
         pieces: array of ``Piece`` on the device, as int64 words.
+        partials: [2 * tiles, D] in the dtype of moments, and
+        long_begin: [tiles] int32: room for the kernels, taken before any table is written to.
         faults: [2] int64 per table: whether a row was out of range, and which.
     """
 
@@ -46,6 +50,8 @@ class Segments:
     keys: torch.Tensor
     order: torch.Tensor
     pieces: torch.Tensor
+    partials: torch.Tensor
+    long_begin: torch.Tensor
     faults: list[torch.Tensor]
 
 
@@ -97,14 +103,18 @@ def segment(pending: Sequence[Pending]) -> Segments:
         ),
     )
     keys, order = torch.sort(keys, stable=True)
+    tiles, dim = blocks_for(size, TILE), first_grad.shape[1]
+    acc = MOMENT_DTYPE[pending[0].param.dtype]
     return Segments(
         pending=pending,
-        dim=first_grad.shape[1],
+        dim=dim,
         grad_dtype=first_grad.dtype,
         first_keys=first_keys,
         num_keys=num_keys,
         keys=keys,
         order=order,
         pieces=piece_words,
+        partials=torch.empty(2 * tiles, dim, dtype=acc, device=device),
+        long_begin=torch.empty(tiles, dtype=torch.int32, device=device),
         faults=faults,
     )

@@ -1,0 +1,18 @@
+"""What the host asks of a GPU beside launches."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._types import HostCopy
+from . import _interop
+
+
+def copy_to_host(tensor: torch.Tensor) -> HostCopy:
+    """Begin to copy a small tensor to the host, behind what the stream has to do."""
+    return _interop.HostCopy(tensor)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph."""
+    return _interop.is_capturing(device)
