@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -25,11 +27,13 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -40,7 +44,15 @@ try:
     from conftest import why_no_gpu
     from oracle import TOLERANCE, bits, relative_error, within_one_ulp
 
-    from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, _doctor, functional
+    from cupy_sparse_adamw import (
+        AdmitHook,
+        HashTable,
+        NormalInitializer,
+        SparseAdamW,
+        _doctor,
+        functional,
+    )
+    from cupy_sparse_adamw.row_bound import RowBound
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -98,26 +110,30 @@ def draw_rows(count: int, num_rows: int, draw: torch.Generator) -> torch.Tensor:
 
 
 class Setup:
-    """Tables of three kinds with gradients that stay, and their optimizer. Each one is the same.
+    """Tables of four groups with gradients that stay, and their optimizer. Each one is the same.
+
+    torch.sort takes up to 4,096 keys in one block, and more by a radix sort: two groups have so
+    many gradients.
 
     Args:
         lr: a float, or a tensor on the GPU.
     """
 
     ROWS, COUNT = 200, 1500
+    MANY = 6000
 
     def __init__(self, lr: float | torch.Tensor = 1e-2) -> None:
         draw = torch.Generator().manual_seed(0)
         self.weights = {}
-        for name, dtype, dim in (
-            ("wide", torch.float32, 64),
-            ("odd", torch.float32, 7),
-            ("half", torch.float16, 16),
+        for name, dtype, dim, count in (
+            ("wide", torch.float32, 64, self.MANY),
+            ("odd", torch.float32, 7, self.COUNT),
+            ("half", torch.float16, 16, self.COUNT),
         ):
             values = torch.randn(self.ROWS, dim, generator=draw)
             weight = torch.nn.Parameter(values.to("cuda", dtype))
-            rows = draw_rows(self.COUNT, self.ROWS, draw).cuda()
-            grad = torch.randn(self.COUNT, dim, generator=draw).to("cuda", dtype)
+            rows = draw_rows(count, self.ROWS, draw).cuda()
+            grad = torch.randn(count, dim, generator=draw).to("cuda", dtype)
             weight.grad = sparse(rows, grad, self.ROWS)
             self.weights[name] = weight
         initializer = NormalInitializer(generator=torch.Generator().manual_seed(1))
@@ -126,8 +142,8 @@ class Setup:
             self.table(torch.arange(self.ROWS, device="cuda"))
         # Which new id gets which row is not determined: find them.
         ids, rows = self.table.ids_map()
-        rows = rows[ids.argsort()][draw_rows(self.COUNT, self.ROWS, draw).cuda()]
-        self.table.accept_grad(rows, torch.randn(self.COUNT, 16, generator=draw).cuda())
+        rows = rows[ids.argsort()][draw_rows(self.MANY, self.ROWS, draw).cuda()]
+        self.table.accept_grad(rows, torch.randn(self.MANY, 16, generator=draw).cuda())
         self.lr = lr
         self.optimizer = SparseAdamW({**self.weights, "table": self.table}, lr=lr)
 
@@ -144,6 +160,53 @@ class Setup:
             for key in ("exp_avg", "exp_avg_sq"):
                 found[f"{name} {key}"] = state[key][order].clone()
         return found
+
+
+class Pair:
+    """Two HashTables of one group, trained by lookups that insert nothing. Each one is the same."""
+
+    KNOWN, COUNT = 300, 5000
+
+    def __init__(self) -> None:
+        self.ids = torch.zeros(self.COUNT, dtype=torch.int64, device="cuda")
+        self.tables = {}
+        for i, name in enumerate("ab"):
+            table = self.tables[name] = hash_table(16, name, seed=i)
+            table.reserve(2000)
+            table(torch.arange(self.KNOWN, device="cuda"))
+        self.optimizer = SparseAdamW(self.tables, lr=0.05)
+
+    def step(self) -> None:
+        """Lookup, loss, backward, step."""
+        read_only = AdmitHook("ReadOnly")
+        losses = [table(self.ids, read_only).pow(2).sum() for table in self.tables.values()]
+        sum(losses).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def contents(self) -> dict[str, torch.Tensor]:
+        """What is in the tables and in their state."""
+        return contents_by_id(self.tables, self.optimizer)
+
+
+def hash_table(dim: int, name: str | None = None, seed: int = 0) -> HashTable:
+    """A table whose new rows depend on the seed alone."""
+    initializer = NormalInitializer(generator=torch.Generator().manual_seed(seed))
+    return HashTable([dim], 64, device="cuda", initializer=initializer, name=name)
+
+
+def contents_by_id(
+    tables: Mapping[str, HashTable], optimizer: SparseAdamW
+) -> dict[str, torch.Tensor]:
+    """Copies of the embeddings, moments and t of HashTables, rows in the order of their ids."""
+    found: dict[str, torch.Tensor] = {}
+    for name, state in optimizer.state_dict()["state"].items():
+        order = state["ids"].argsort()
+        found[f"{name} embedding"] = tables[name].embeddings()[order]
+        found[f"{name} step"] = torch.tensor([state["step"]])
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[f"{name} {key}"] = state[key][order]
+    return found
 
 
 def differences(
@@ -306,17 +369,100 @@ def no_sync() -> Figures:
     return {"steps": steps}
 
 
-def capture_step(setup: Setup) -> torch.cuda.CUDAGraph:
-    """Three steps to warm up, then one captured, which does not run."""
+@contextlib.contextmanager
+def counted_waits() -> Iterator[Counter[str]]:
+    """Within the block, counts how often the host waits to learn how many rows a table has."""
+    waits = Counter({"RowBound.exactly": 0, "copies_not_ready": 0})
+    exactly, copied = RowBound.exactly, RowBound.copied
+
+    def counted_exactly(bound: RowBound) -> int:
+        waits["RowBound.exactly"] += 1
+        return exactly(bound)
+
+    def counted_copied(bound: RowBound) -> int:
+        waits["copies_not_ready"] += bound._copy is not None and not bound._copy.ready()
+        return copied(bound)
+
+    with (
+        mock.patch.object(RowBound, "exactly", counted_exactly),
+        mock.patch.object(RowBound, "copied", counted_copied),
+    ):
+        yield waits
+
+
+@contextlib.contextmanager
+def recorded_waits() -> Iterator[Counter[str]]:
+    """Within the block, records where an operation of torch's waits for the GPU."""
+    texts: Counter[str] = Counter()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield texts
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        texts.update(f"{Path(w.filename).name}:{w.lineno}: {w.message}" for w in said)
+
+
+def steady_state() -> Figures:
+    """Training on known ids without ``reserve``: how often the host waits for the GPU.
+
+    Allowed is to wait for a copy of the number of rows that is under way: where the GPU is behind,
+    it holds the host to a few lookups ahead.
+    """
+    with recorded_waits() as texts:
+        torch.ones(1, device="cuda").item()
+    require(texts, "torch does not notice that .item() waits, so this shows nothing")
+    steps, draw = 200, torch.Generator().manual_seed(4)
+    batches = [draw_rows(1024, 2000, draw).cuda() for _ in range(4)]
+    figures: Figures = {
+        "not_seen_by_torchs_mode": "Event.synchronize, by which the host waits for a HostCopy"
+    }
+    for gpu in ("idle", "busy"):
+        tables = {"a": hash_table(32), "b": hash_table(8)}
+        optimizer = SparseAdamW(tables)
+
+        def step(ids: torch.Tensor) -> None:
+            sum(table(ids).pow(2).sum() for table in tables.values()).backward()  # noqa: B023
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+
+        for ids in 3 * batches:
+            step(ids)
+        with counted_waits() as waits, recorded_waits() as texts:
+            for i in range(steps):
+                if gpu == "busy":
+                    torch.cuda._sleep(2_000_000)  # 1 ms
+                step(batches[i % 4])
+        figures[gpu] = {
+            "lookups": steps * len(tables),
+            **waits,
+            "torch_warnings": texts.total(),
+            "texts": dict(texts),
+        }
+    for gpu in ("idle", "busy"):
+        waits = figures[gpu]
+        if waits["RowBound.exactly"] or waits["torch_warnings"]:
+            raise CheckFailed(f"with the GPU {gpu}, the host waits: {waits}", figures)
+    return figures
+
+
+def warm_up(work: Callable[[], object]) -> None:
+    """Do it three times on a side stream, as torch asks for before a capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            setup.optimizer.step()
+            work()
     torch.cuda.current_stream().wait_stream(side)
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The graph of it; it does not run."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        setup.optimizer.step()
+        work()
     return graph
 
 
@@ -325,7 +471,8 @@ def compare_replays(lrs: Sequence[float | None]) -> None:
     replayed, eager = (
         Setup(1e-2 if lrs[0] is None else torch.tensor(1e-2, device="cuda")) for _ in range(2)
     )
-    graph = capture_step(replayed)
+    warm_up(replayed.optimizer.step)
+    graph = captured(replayed.optimizer.step)
     for _ in range(3):
         eager.optimizer.step()
     wrong = differences(replayed.contents(), eager.contents())
@@ -373,6 +520,92 @@ def graph_replay() -> Figures:
     text = refusal(fresh.optimizer.step)
     require("captured into a CUDA graph" in text, f"a first step is captured: {text!r}")
     return {"replays": 2 * replays}
+
+
+def training_graph() -> Figures:
+    """Lookup, loss, backward and step in one graph; rows that came after its capture are refused.
+
+    Replays on changing ids are eager steps, bit for bit. A captured step knows only of the rows of
+    its capture: it must report others, which would have the keys of the next table's rows.
+    """
+    replays, known, draw = 5, Pair.KNOWN, torch.Generator().manual_seed(3)
+    # Of the ids, the last 20 have no row.
+    batches = [draw_rows(Pair.COUNT, known + 20, draw).cuda() for _ in range(replays)]
+    replayed, eager = Pair(), Pair()
+    replayed.ids.copy_(batches[0])
+    warm_up(replayed.step)
+    for table in replayed.tables.values():
+        # As a lookup does when memory becomes scarce. A capture must not ask whether it has come.
+        table._store._bound.send_copy()
+    graph = captured(replayed.step)
+    for i in range(-3, replays):
+        ids = batches[max(i, 0)]
+        eager.ids.copy_(ids)
+        eager.step()
+        if i >= 0:
+            replayed.ids.copy_(ids)
+            graph.replay()
+    wrong = differences(replayed.contents(), eager.contents())
+    require(not wrong, f"after {replays} replays these are not those of eager steps: {wrong}")
+    for model in (replayed, eager):
+        model.step()
+    wrong = differences(replayed.contents(), eager.contents())
+    require(not wrong, f"an eager step after {replays} replays goes wrong: {wrong}")
+
+    before, table = replayed.contents(), replayed.tables["a"]
+    nbytes, new = table.nbytes, torch.arange(1000, 1400, device="cuda")
+    table(new)
+    require(len(table) == known + len(new) and table.nbytes == nbytes, "the table has grown")
+    replayed.ids.copy_(new[draw_rows(Pair.COUNT, len(new), draw).cuda()])
+    graph.replay()
+    text = ""
+    try:
+        replayed.optimizer.state_dict()
+    except IndexError as error:
+        text = str(error)
+    require(
+        "'a'" in text and "captured in a CUDA graph" in text,
+        f"a replay on rows that came after its capture is not reported: {text!r}",
+    )
+    after = {name: x[: len(before[name])] for name, x in replayed.contents().items()}
+    wrong = [name for name in differences(after, before) if not name.endswith(" step")]
+    require(not wrong, f"a replay on rows that came after its capture changes {wrong}")
+    return {"replays": replays, "report": text}
+
+
+def side_stream() -> Figures:
+    """Lookup and backward on a side stream, late there, and the step on the main one."""
+    draw = torch.Generator().manual_seed(5)
+    batches = [draw_rows(2000, 300, draw).cuda() for _ in range(4)]
+    main, results = torch.cuda.current_stream(), []
+
+    def late(grad: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(grad)  # what a step that does not wait would read
+        torch.cuda._sleep(400_000_000)  # 0.2 s
+        return result.copy_(grad)
+
+    for stream in (main, torch.cuda.Stream()):
+        tables = {"table": hash_table(16)}
+        optimizer = SparseAdamW(tables, lr=0.05)
+        for ids in batches:
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                values = tables["table"](ids)
+                values.register_hook(late)
+                values.pow(2).sum().backward()
+                done = stream.record_event()
+            torch.cuda._sleep(600_000_000)  # so that the step comes after the junk below
+            optimizer.step()
+            is_late = not done.query()
+            optimizer.zero_grad()
+            with torch.cuda.stream(stream):  # into memory that the step has still to read?
+                junk = [torch.full_like(x, -7) for x in (values.detach(), ids) for _ in range(4)]
+            del values, junk
+        require(is_late, "the step has waited for backward on the host")
+        results.append(contents_by_id(tables, optimizer))
+    wrong = differences(results[1], results[0])
+    require(not wrong, f"the step has not waited for backward on the GPU: {wrong} differ")
+    return {"steps": len(batches)}
 
 
 def determinism() -> Figures:
@@ -513,7 +746,7 @@ def short_case() -> Figures:
 
 
 def host_overhead() -> Figures:
-    """Microseconds that the host spends before the GPU is done: per launch and per step."""
+    """Microseconds that the host spends before the GPU is done: by launch, lookup and step."""
     from cupy_sparse_adamw.engines.cuda import _compile
     from cupy_sparse_adamw.engines.cuda._interop import array_of
 
@@ -529,13 +762,19 @@ def host_overhead() -> Figures:
         "array_of_us": host_us(lambda: array_of(ids), 100),
         "torch_add_us": host_us(lambda: ones.add_(1), 100),  # what torch takes for a launch
     }
-    for tables in (1, 10, 300):
+    known = torch.arange(1024, device=device)
+    tables = [hash_table(16) for _ in range(26)]
+    figures["training_lookup_us"] = host_us(lambda: tables[0](known), 20)
+    figures["forward_of_26_tables_us"] = host_us(lambda: [table(known) for table in tables], 1)
+    tables[0].eval()
+    figures["eval_lookup_us"] = host_us(lambda: tables[0](known), 20)
+    for count in (1, 10, 300):
         weights = {}
-        for i in range(tables):
+        for i in range(count):
             weight = weights[f"table {i}"] = torch.nn.Parameter(torch.zeros(100, 16, device=device))
             weight.grad = sparse(torch.tensor([i % 100]).cuda(), torch.ones(1, 16).cuda(), 100)
         optimizer = SparseAdamW(weights)
-        figures[f"step_of_{tables}_tables_us"] = host_us(optimizer.step, 1)
+        figures[f"step_of_{count}_tables_us"] = host_us(optimizer.step, 1)
     return figures
 
 
@@ -683,8 +922,37 @@ def read_junit(text: str) -> Figures:
     return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
 
 
+@functools.cache
+def our_kernels() -> frozenset[str]:
+    """The names of the kernels in ``cuda_src``."""
+    head = r'extern "C" __global__ void (?:OCCUPANCY |__launch_bounds__\(\w+\)\s+)?(\w+)\('
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").glob("*.cu")]
+    return frozenset(name for text in texts for name in re.findall(head, text))
+
+
+#: Where compute-sanitizer says that something happened: "at update+0x140", "at 0x140 in update".
+PLACE = re.compile(
+    r"(?:^at |access at |^Device Frame: ?)(?:0x[0-9a-f]+ in )?(?!0x)(.+?)(?:\+0x[0-9a-f]+|\s+\[|$)"
+)
+
+
+def kernel_of(line: str) -> str | None:
+    """The kernel that a line of compute-sanitizer's names."""
+    place = PLACE.search(line.strip("= "))
+    return place[1] if place else None
+
+
+def is_ours(kernel: str | None) -> bool:
+    """Whether it is one of ``cuda_src``; a file and a line may stand before its name."""
+    return kernel is not None and kernel.split(":")[-1] in our_kernels()
+
+
 def sanitizer(tool: str) -> Figures:
-    """``short_case`` under a tool of compute-sanitizer."""
+    """``short_case`` under a tool of compute-sanitizer.
+
+    What racecheck and initcheck find in torch's kernels is only reported: some of those read memory
+    that nobody has written, and do not use it.
+    """
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=places)
     if program is None:
@@ -692,19 +960,36 @@ def sanitizer(tool: str) -> Figures:
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
     if tool == "memcheck":  # the runtime's own failed calls, which torch expects, are no findings
         command += ["--report-api-errors", "no"]
+    if tool in ("racecheck", "initcheck"):  # may find much
+        command += ["--show-backtrace", "no", "--print-limit", "10000"]
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         command += [sys.executable, __file__, "--part", "short_case", "--output", str(answer)]
         # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
         status, output = run_command(command, SANITIZER_LIMIT, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         said = [line for line in output.splitlines() if line.startswith("=====")]
-        require(status is not None, f"no end after {SANITIZER_LIMIT:.0f} s: {tail(output)}")
-        require(status != FOUND, "\n".join(said[:40]))
-        require(answer.exists(), f"the case did not run, status {status}: {tail(output, 40)}")
-        figures = read_answer(answer)
-    summary = [line.strip("= ") for line in said if "SUMMARY" in line]
-    require(status == 0 and summary, f"{tool} ended with status {status}: {tail(output, 40)}")
-    return {"program": program, "summary": summary, **figures}
+        kernels = [kernel_of(line) for line in said]
+        figures: Figures = {
+            "program": program,
+            "summary": [line.strip("= ") for line in said if "SUMMARY" in line],
+            "kernels": dict(Counter(filter(None, kernels))),
+            "said": said[:2000],
+        }
+        if status is None:
+            raise CheckFailed(f"no end after {SANITIZER_LIMIT:.0f} s: {tail(output)}", figures)
+        if status == FOUND:
+            ours = [i for i, kernel in enumerate(kernels) if is_ours(kernel)]
+            is_others = tool == "initcheck" or (tool == "racecheck" and any(kernels))
+            if ours or not is_others:
+                first = max(ours[0] - 1, 0) if ours else 0
+                raise CheckFailed("\n".join(said[first : first + 40]), figures)
+        if not answer.exists():
+            text = f"the case did not run, status {status}: {tail(output, 40)}"
+            raise CheckFailed(text, figures)
+        figures = {**read_answer(answer), **figures}
+    if status not in (0, FOUND) or not figures["summary"]:
+        raise CheckFailed(f"{tool} ended with status {status}: {tail(output, 40)}", figures)
+    return figures
 
 
 # ---------------------------------------------------------------------- running the parts
@@ -715,7 +1000,10 @@ IN_A_PROCESS = (
     compilation,
     zero_copy,
     no_sync,
+    steady_state,
     graph_replay,
+    training_graph,
+    side_stream,
     determinism,
     accuracy,
     host_overhead,
@@ -755,7 +1043,7 @@ def answer_part(name: str, output: Path) -> None:
     try:
         answer: Figures = {"figures": work()}
     except CheckFailed as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "figures": error.figures}
     except Exception:
         answer = {"error": traceback.format_exc()}
     write_json(output, answer)
@@ -765,7 +1053,7 @@ def read_answer(path: Path) -> Figures:
     """The figures that ``answer_part`` has written; CheckFailed if it wrote an error."""
     answer = json.loads(path.read_text(encoding="utf-8"))
     if "error" in answer:
-        raise CheckFailed(answer["error"])
+        raise CheckFailed(answer["error"], answer.get("figures"))
     figures: Figures = answer["figures"]
     return figures
 
@@ -830,6 +1118,8 @@ PARTS: dict[str, Callable[[], Figures]] = {
     "gpu_tests": gpu_tests,
     "memcheck": lambda: sanitizer("memcheck"),
     "racecheck": lambda: sanitizer("racecheck"),
+    "synccheck": lambda: sanitizer("synccheck"),
+    "initcheck": lambda: sanitizer("initcheck"),
 }
 
 

@@ -42,7 +42,11 @@ class RowBound:
         """A bound. Never waits; on the CPU it is the number itself."""
         if not self.reading_waits():
             return self.exactly()
-        return self.copied() if self._copy is not None and self._copy.ready() else self._bound
+        copy, device = self._copy, self._counters.device
+        # Under capture CUDA forbids even to ask.
+        if copy is not None and not functional.is_capturing(device) and copy.ready():
+            return self.copied()
+        return self._bound
 
     def copied(self) -> int:
         """A lower bound, if a copy is under way. Waits for it, but for nothing behind it."""

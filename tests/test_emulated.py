@@ -142,6 +142,32 @@ def test_every_setting_of_every_table(dtype):
             assert relative_error(x, exact) <= limit
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_16_bit_numbers_are_rounded_to_nearest_even(dtype):
+    """Sums of two: any bits, then halfway between two numbers, above an even one and an odd one."""
+    pairs = torch.randint(-(2**15), 2**15, (2, 3000), dtype=torch.int16).view(dtype)
+    odd = 1 + torch.finfo(dtype).eps * torch.arange(8)
+    halves = torch.stack([odd, torch.full((8,), torch.finfo(dtype).eps / 2)]).to(dtype)
+    pairs = torch.cat([pairs, halves, -halves], 1)
+    count = pairs.shape[1]
+    table = Table(torch.zeros(count, 1, dtype=dtype))
+    _, sums = functional.coalesce(table.pending((torch.arange(count).repeat(2), pairs.view(-1, 1))))
+    expected = (pairs[0].float() + pairs[1].float()).to(dtype)
+    known = ~expected.isnan()
+    assert torch.equal(bits(sums[known, 0]), bits(expected[known]))
+    assert sums[~known].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_nan_stays_nan(dtype):
+    """The GPU's own NaN has all bits set; rounded like a number it would come out as -0."""
+    nan = torch.tensor([[2**31 - 1], [-1]], dtype=torch.int32).view(F32)
+    table = Table(torch.ones(2, 1, dtype=dtype))
+    step([table], [table.pending(([0, 1], nan.double() if dtype == F64 else nan))])
+    for values in table.values():
+        assert values.isnan().all()
+
+
 def integer_sums(lengths: list[int], dim: int = 1) -> None:
     """Coalesce runs of these lengths, rows in order, gradients whose every sum is exact."""
     rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -322,6 +348,22 @@ def test_a_row_count_on_the_device_is_the_limit():
         step([table], [pending])
     assert torch.equal(bits(table.values()[0][4:]), bits(before[0][4:]))
     assert not torch.equal(table.values()[0][3], before[0][3])
+
+
+def test_rows_behind_what_a_slot_holds():
+    """What a captured launch may find once the table has grown: keys and blocks have no room."""
+    tables = [Table(torch.ones(4, 2)), Table(torch.ones(4, 2))]
+    counted = {"num_rows": 4, "row_count": torch.tensor([9])}
+    pending = [tables[0].pending(([4], torch.ones(1, 2)), **counted)]
+    pending.append(tables[1].pending(([1], torch.ones(1, 2))))
+    with pytest.raises(IndexError, match="names row 4, which the table did not have"):
+        step(tables, pending)
+    assert not tables[1].values()[1][0].any()
+    slot = tables[0].slots[0]
+    held = slot.num_rows()
+    rows = torch.tensor([held - 1, held, held + 1, 2**40, 0])
+    expected = torch.stack([slot.value()[-1], *torch.zeros(3, 2), slot.value()[0]])
+    assert torch.equal(functional.gather(slot, rows), expected)
 
 
 def test_misaligned_weights_take_the_narrow_path():
@@ -691,6 +733,19 @@ def test_a_replay_knows_the_rows_of_its_capture_only():
     assert torch.equal(tables[1].embeddings(), before)
     with pytest.raises(IndexError, match="table 'a': a step captured in a CUDA graph names row"):
         optimizer.state_dict()
+
+
+def test_a_capture_asks_after_no_copy():
+    """The number of rows is on its way when the step is captured, as it is after most lookups."""
+    table = HashTable([4], 16, initializer=NormalInitializer())
+    optimizer = SparseAdamW({"t": table}, lr=0.1)
+    table(torch.arange(10)).sum().backward()
+    optimizer.step()
+    table._store._bound.send_copy()
+    with emulator.capture() as graph:  # HostCopy.ready raises here
+        optimizer.step()
+    graph.replay()
+    assert optimizer.state_dict()["state"]["t"]["step"] == 2
 
 
 def test_what_a_graph_reads_stays_when_the_table_changes():

@@ -35,7 +35,10 @@ pytestmark = [
     [
         gpu_check.zero_copy,
         gpu_check.no_sync,
+        gpu_check.steady_state,
         gpu_check.graph_replay,
+        gpu_check.training_graph,
+        gpu_check.side_stream,
         gpu_check.determinism,
         gpu_check.short_case,
     ],

@@ -150,8 +150,9 @@ def test_a_part_answers_through_a_file(monkeypatch, tmp_path):
         return gpu_check.read_answer(answer)
 
     assert ask("passes") == {"speed": 3}
-    with pytest.raises(CheckFailed, match="7 is not 8"):
+    with pytest.raises(CheckFailed, match="7 is not 8") as failed:
         ask("fails")
+    assert failed.value.figures == {"found": 7}
     with pytest.raises(CheckFailed, match="ZeroDivisionError: in the middle"):
         ask("breaks")
 
@@ -219,26 +220,91 @@ def test_a_sanitizer_that_is_not_there_is_not_run(monkeypatch):
 
 
 SUMMARY = "========= ERROR SUMMARY: 0 errors"
+TORCHS = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::sortKeyValueInplace<int, long>(int *, long *)+0x140
+=========     by thread (31,0,0) in block (1,0,0)
+========= ERROR SUMMARY: 1 error"""
+OURS = TORCHS.replace("========= ERROR", "=========     at update+0x2a0\n========= ERROR")
+NO_KERNEL = """========= Uninitialized access at 0x7f3c00 on access by cudaMemcpy source.
+========= ERROR SUMMARY: 1 error"""
+WRITE = "========= Invalid __global__ write of size 4 bytes"
 
 
 @pytest.mark.parametrize(
-    ("status", "output", "complaint"),
+    ("tool", "status", "output", "complaint"),
     [
-        (0, SUMMARY, None),
-        (0, "", "ended with status 0"),  # the tool itself did not work
-        (1, "Device not supported", "did not run, status 1: Device not supported"),
-        (None, "", "no end after"),
-        (gpu_check.FOUND, "========= Invalid __global__ write", "Invalid __global__ write"),
+        ("memcheck", 0, SUMMARY, None),
+        ("memcheck", 0, "", "ended with status 0"),  # the tool itself did not work
+        ("memcheck", 1, "Device not supported", "did not run, status 1: Device not supported"),
+        ("memcheck", None, "", "no end after"),
+        ("memcheck", gpu_check.FOUND, WRITE, "Invalid __global__ write"),
+        ("memcheck", gpu_check.FOUND, TORCHS, "sortKeyValueInplace"),
+        ("synccheck", 0, SUMMARY, None),
+        ("synccheck", gpu_check.FOUND, TORCHS, "sortKeyValueInplace"),
+        ("racecheck", gpu_check.FOUND, TORCHS, None),
+        ("racecheck", gpu_check.FOUND, OURS, "at update+0x2a0"),
+        ("racecheck", gpu_check.FOUND, NO_KERNEL, "ERROR SUMMARY: 1 error"),
+        ("initcheck", gpu_check.FOUND, TORCHS, None),
+        ("initcheck", gpu_check.FOUND, NO_KERNEL, None),
+        ("initcheck", gpu_check.FOUND, OURS, "at update+0x2a0"),
+        ("initcheck", gpu_check.FOUND, "", "ended with status"),
     ],
 )
-def test_what_a_sanitizer_says(monkeypatch, status, output, complaint):
+def test_what_a_sanitizer_says(monkeypatch, tool, status, output, complaint):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **kwargs: "/sanitizer")
     monkeypatch.setattr(gpu_check, "run_command", answered(status, output))
-    outcome = gpu_check.run_part(gpu_check.PARTS["memcheck"])
+    outcome = gpu_check.run_part(gpu_check.PARTS[tool])
+    assert outcome.figures["said"] == output.splitlines() * output.startswith("=====")
     if complaint is None:
         assert outcome.result == "passed", outcome.error
-        assert outcome.figures["summary"] == ["ERROR SUMMARY: 0 errors"]
+        assert outcome.figures["summary"] == [output.splitlines()[-1].strip("= ")]
         assert outcome.figures["rows"] == 5
     else:
         assert outcome.result == "failed"
         assert complaint in outcome.error
+    if output == OURS:
+        torchs = "void at::native::sortKeyValueInplace<int, long>(int *, long *)"
+        assert outcome.figures["kernels"] == {torchs: 1, "update": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "kernel", "is_ours"),
+    [
+        ("=========     at update+0x140", "update", True),
+        ("=========     at 0x00000140 in make_keys_32", "make_keys_32", True),
+        ("=========     at 0x140 in sparse_adamw.cu:41:finish", "sparse_adamw.cu:41:finish", True),
+        (
+            "========= Error: Race reported between Write access at coalesce+0x50 in group.cu:7",
+            "coalesce",
+            True,
+        ),
+        (
+            "=========     and Read access at 0x90 in find_or_claim [4 hazards]",
+            "find_or_claim",
+            True,
+        ),
+        ("=========         Device Frame: settle+0xb0", "settle", True),
+        ("=========     at void at::native::update<float>(int)+0x20", None, False),
+        ("=========     at finishing+0x20", "finishing", False),
+        ("=========     by thread (31,0,0) in block (1,0,0)", None, False),
+        ("=========     Host Frame: insert [0x1754] in libtorch_cuda.so", None, False),
+        ("========= Program hit cudaErrorInvalidValue due to find in update", None, False),
+    ],
+)
+def test_kernels_that_a_sanitizer_names(line, kernel, is_ours):
+    found = gpu_check.kernel_of(line)
+    assert gpu_check.is_ours(found) is is_ours
+    if kernel:
+        assert found == kernel
+
+
+def test_every_kernel_of_ours_is_known():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").iterdir()]
+    assert len(gpu_check.our_kernels()) == sum(x.count('extern "C" __global__') for x in texts)
+    assert {"update", "finish", "coalesce_finish", "make_keys_64"} <= gpu_check.our_kernels()
+
+
+def test_what_explains_the_most_comes_first():
+    names = list(gpu_check.PARTS)
+    assert names[:2] == ["environment", "compilation"]
+    assert names[-5:] == ["gpu_tests", "memcheck", "racecheck", "synccheck", "initcheck"]
