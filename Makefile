@@ -26,7 +26,7 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test lint format doctor bench kernels gpu-check FORCE
+.PHONY: help setup train test lint format doctor bench kernels gpu-check mutants FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -69,6 +69,9 @@ gpu-check: ## all that only an NVIDIA GPU can tell, into gpu-check.json; install
 
 kernels: $(VENV)/test.installed ## write docs/kernels.md: what the compiler makes of the CUDA kernels; needs no GPU
 	$(PY) tests/nvrtc.py
+
+mutants: $(VENV)/test.installed ## put small faults into the kernels: does a test catch each? half an hour
+	$(PY) tests/mutate.py $(ARGS)
 
 cuda_files = $(wildcard cuda_src/*.cu cuda_src/*.cuh)
 

@@ -5,9 +5,9 @@
 // Lea, Flood, "Fast splittable pseudorandom number generators", 2014), so sequential ids and ids
 // that agree in their low bits spread like random ones.
 //
-// An entry's row word changes only by compare-and-swap, and its id word only after that succeeded,
-// in a launch that reads no id of such an entry. So no thread ever waits for another: whoever meets
-// a claim finds the claimant's id in the batch itself.
+// While ids are looked for, an entry's row word changes by compare-and-swap alone; its id is
+// written by a later launch, or by one that reads no ids. So no thread ever waits for another:
+// whoever meets a claim finds the claimant's id in the batch itself.
 
 #include "blocks.cuh"
 #include "elements.cuh"

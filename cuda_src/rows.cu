@@ -20,8 +20,8 @@ __device__ __forceinline__ Share share(int log_lanes) {
     return Share{i >> log_lanes, i & (lanes - 1), lanes};
 }
 
-// values[i] = the slot's row rows[i]; zeros if that is MISSING, or beyond the num_rows that the slot had
-// when the launch was captured into a graph.
+// values[i] = the slot's row rows[i]; zeros if that is MISSING, or beyond the num_rows that the
+// slot had when the launch was captured into a graph.
 extern "C" __global__ void gather(char* const* blocks, Divisor block_rows, long long row_units,
                                   const long long* rows, long long num_rows, Unit* values,
                                   long long size, int log_lanes) {
@@ -31,7 +31,7 @@ extern "C" __global__ void gather(char* const* blocks, Divisor block_rows, long 
     Unit* target = values + my.item * row_units;
     if (row < 0 || row >= num_rows) {
 #pragma unroll 1
-        for (long long k = my.first; k < row_units; k += my.stride) target[k] = Unit{};
+        for (long long k = my.first; k < row_units; k += my.stride) global(target)[k] = Unit{};
         return;
     }
     const auto* source = reinterpret_cast<const Unit*>(

@@ -38,7 +38,7 @@ constexpr int STREAMS = 8;
 constexpr unsigned ALL = 0xffffffffu;
 
 // As many blocks to a multiprocessor as hide the latency of scattered rows, and as the compiler can
-// do without spilling: 32 warps on Ampere to Hopper, 16 elsewhere.
+// do without spilling: 32 warps on Ampere to Hopper (20 in double precision), 16 elsewhere.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
 #define OCCUPANCY __launch_bounds__(TILE, sizeof(Acc) == 4 ? 8 : 5)
 #else
@@ -307,7 +307,7 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
         if (keys[TILE + begin] >= num_keys) continue;
         const int length = begins[is_chunk ? 0 : item + 1] - begin;
         const bool is_long = length > TILE;
-        if (!is_chunk && item == num_runs - 1 && lane == 0) long_begin[tile] = is_long ? begin : -1;
+        if (item == num_runs - 1 && lane == 0) long_begin[tile] = is_long ? begin : -1;
         if (is_chunk || is_long) {
             Acc* partial = partials + (2 * tile + (is_chunk ? 0 : 1)) * dim;
 #pragma unroll 1
@@ -379,7 +379,7 @@ extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, lo
 }
 
 // Updates the rows of long runs. Grid: a block of TILE threads per TILE / WARP tiles.
-extern "C" __global__ void __launch_bounds__(TILE)
+extern "C" __global__ void __launch_bounds__(TILE, 4)
     finish(SORTED_ARGS, const Table* tables, long long num_tables, const Scalars<Acc>* scalars,
            long long dim, const Acc* partials, const int* long_begin) {
     finish_tile(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(dim), partials,
@@ -394,7 +394,7 @@ extern "C" __global__ void OCCUPANCY coalesce(SORTED_ARGS, GRAD* values, const l
               partials, long_begin);
 }
 
-extern "C" __global__ void __launch_bounds__(TILE)
+extern "C" __global__ void __launch_bounds__(TILE, 4)
     coalesce_finish(SORTED_ARGS, GRAD* values, const long long* ranks, double scale, long long mean,
                     long long dim, const Acc* partials, const int* long_begin) {
     finish_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(dim),

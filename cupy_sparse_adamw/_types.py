@@ -117,7 +117,10 @@ class Slot:
     def block_table(self) -> torch.Tensor:
         """``addresses`` as a tensor on the slot's device, [blocks] int64. Kept as long."""
         if self._block_table is None:
-            self._block_table = torch.tensor(self.addresses(), device=self.device)
+            table = torch.from_numpy(self.addresses().copy())
+            if self.device.type == "cuda":  # from pinned memory, so that nobody waits
+                table = table.pin_memory()
+            self._block_table = table.to(self.device, non_blocking=True, copy=True)
         return self._block_table
 
     def reserve(self, rows: int) -> None:

@@ -230,7 +230,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[table.key]
         if "step" not in state:
             with torch.inference_mode(False):  # they outlive the mode that they appear in
-                state["step"] = torch.tensor(t, dtype=torch.int64, device=table.device)
+                state["step"] = torch.full((), t, dtype=torch.int64, device=table.device)
                 state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=table.device)
         elif state["step"].device != table.device:  # a HashTable was moved
             with torch.inference_mode(False):

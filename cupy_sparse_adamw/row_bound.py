@@ -9,7 +9,7 @@ from ._types import HostCopy
 
 
 class RowBound:
-    """Bounds on the first of an index's counters, each lower than the one before, and dearer.
+    """Upper bounds on the first of an index's counters, each tighter than the last, and dearer.
 
     A lookup may number as many rows as it has ids, so ``at_most`` rises by that. Where reading the
     counter would wait for all that a GPU has to do, a copy of it can be sent to the host behind a
@@ -39,7 +39,7 @@ class RowBound:
         self._since_copy += count
 
     def at_most(self) -> int:
-        """A bound. Never waits; on the CPU it is the number itself."""
+        """The bound at hand. Never waits; on the CPU it is the number itself."""
         if not self.reading_waits():
             return self.exactly()
         copy, device = self._copy, self._counters.device
@@ -49,7 +49,7 @@ class RowBound:
         return self._bound
 
     def copied(self) -> int:
-        """A lower bound, if a copy is under way. Waits for it, but for nothing behind it."""
+        """A tighter bound, if a copy is under way. Waits for it, but for nothing behind it."""
         if self._copy is not None:
             numbered = int(self._copy.values()[0])
             self._bound = min(self._bound, numbered + self._since_copy)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cupy_sparse_adamw import functional
+from cupy_sparse_adamw.row_bound import RowBound
 
 ENGINES = [
     "reference",
@@ -38,6 +39,15 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA engine on CPU tensors, and as on a GPU reading the number of rows waits."""
+    monkeypatch.setattr(RowBound, "reading_waits", lambda bound: True)
+    emulator.load_engine()
+    with emulator.active(), functional.use_engine("emulated"):
+        yield
+
+
 @functools.cache
 def why_no_gpu() -> str | None:
     """The reason why tests marked gpu cannot run here, or None where they can."""
@@ -55,7 +65,7 @@ def why_no_gpu() -> str | None:
 
         cupy.cuda.runtime.getDeviceCount()
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}); install cupy-sparse-adamw[cuda12x] or [cuda13x]"
+        return f"CuPy cannot be imported ({error}); install cupy-cuda12x or cupy-cuda13x"
     except Exception as error:  # whatever it is, it is the reason
         return f"CuPy does not work here: {error}"
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import interop
-from emulator.testing import SEEDS, descriptor, found, ints, kernel, line_of
+from emulator.testing import DEVICE, SEEDS, descriptor, found, function, ints, kernel, line_of
 
 pytestmark = [
     pytest.mark.emulated,
@@ -191,6 +191,20 @@ def test_neighbouring_bytes_do_not_race(seed):
         assert "race" in found("write_bytes", 32, *args, True)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("op", range(7))
+def test_of_the_warp_operations_only_syncwarp_orders_memory(seed, op):
+    y = ints(64)
+    with emulator.using(seed=seed):
+        kernel("planted_faults.cu", "meet_by_warp_op")(32, y, op, False)
+        text = found("meet_by_warp_op", 32, ints(64), op, True)
+    assert y[:32].tolist() == [(t + 1) % 32 for t in range(32)]
+    assert text.startswith("race: ")
+    assert "of shared variable tile" in text
+    assert line_of("tile[t] = t;") in text
+    assert text.count(line_of("tile[(t + 1) % 32]")) == 1
+
+
 def test_launches_are_ordered():
     y = ints(2)
     for _ in range(3):
@@ -213,6 +227,33 @@ def test_barriers_that_some_threads_miss(seed, checked):
         text = found("barrier_in_branch", 64, ints(64), True)
     assert "__syncthreads_or" in text
     assert "waits at __syncthreads" in text
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("name", "call", "lines"),
+    [
+        ("barrier_in_each_branch", "__syncthreads", ["// the upper", "// the lower"]),
+        ("count_in_each_branch", "__syncthreads_count", ["_count(1)", "_count(2)"]),
+    ],
+)
+def test_threads_that_come_to_different_barriers(seed, name, call, lines, checked):
+    with emulator.using(seed=seed):
+        kernel("planted_faults.cu", name)(64, ints(64), False)
+        text = found(name, 64, ints(64), True)
+    assert text.startswith("barrier divergence: ")
+    assert f"calls {call} while thread (" in text
+    assert f"waits at {call}" in text
+    if checked:  # otherwise the compiler may make one call of the two
+        assert all(line_of(line) in text for line in lines)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_barrier_that_the_compiler_may_copy(seed, checked):
+    y = ints(64)
+    with emulator.using(seed=seed):
+        kernel("planted_faults.cu", "barrier_between_branches")(64, y, True)
+    assert y.tolist() == [0, 14] * 32
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -363,6 +404,48 @@ def test_dynamic_shared_memory():
     assert y.tolist() == list(range(64))[::-1]
     with pytest.raises(emulator.Fault, match="at byte 252 of the 252 bytes of dynamic shared"):
         launch(64, y, shared_mem=252)
+
+
+def test_launches_must_name_the_stream_of_the_device():
+    raw = function("planted_faults.cu", "write_shifted")
+    x = torch.zeros(32)
+    args = (interop.array_of(x), np.int32(0))
+    other = torch.device("cpu", 1)
+    strangers = [object(), interop.stream_of(other), interop.Stream(DEVICE), 0]
+    with interop.on_device(DEVICE):
+        with pytest.raises(RuntimeError, match="write_shifted is launched without a stream"):
+            raw((1,), (32,), args)
+        for stream in strangers:
+            with pytest.raises(RuntimeError, match=r"not what stream_of\(cpu\) returned"):
+                raw((1,), (32,), args, stream=stream)
+        assert emulator.launches == []
+        assert x.sum() == 0
+        raw((1,), (32,), args, stream=interop.stream_of(DEVICE))
+    assert x.sum() == 32
+
+
+def test_launches_must_lie_within_on_device():
+    raw = function("planted_faults.cu", "write_shifted")
+    args, stream = (interop.array_of(torch.zeros(32)), np.int32(0)), interop.stream_of(DEVICE)
+    other = torch.device("cpu", 1)
+
+    def refused(message):
+        with pytest.raises(RuntimeError, match=message):
+            raw((1,), (32,), args, stream=stream)
+
+    refused(r"write_shifted is launched outside on_device")
+    with interop.on_device(DEVICE):
+        with interop.on_device(other):
+            refused(r"within on_device\(cpu:1\), and its stream is not what stream_of\(cpu:1\)")
+        raw((1,), (32,), args, stream=stream)
+        with pytest.raises(ZeroDivisionError), interop.on_device(other):
+            raise ZeroDivisionError
+        raw((1,), (32,), args, stream=stream)
+        with emulator.capture():
+            raw((1,), (32,), args, stream=stream)
+    refused("outside on_device")
+    with emulator.capture():
+        refused("outside on_device")
 
 
 def test_launches_are_listed():

@@ -15,9 +15,10 @@ import numpy as np
 import nvrtc
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from nvrtc import ARCHS, SHARED, TABLE, Key, Usage, compile_all, compile_variant, engine, name_of
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 pytestmark = pytest.mark.compiled
 
@@ -471,7 +472,7 @@ def test_division_without_a_division_at_the_edges(number: int):
             assert divide(n, number) == n // number, n
 
 
-@given(n=NUMBERS, number=st.integers(1, 2**40), k=NUMBERS)
+@hypothesis.given(n=NUMBERS, number=st.integers(1, 2**40), k=NUMBERS)
 def test_division_without_a_division(n: int, number: int, k: int):
     assert divide(n, number) == n // number
     multiple = k // number * number  # where the quotient changes

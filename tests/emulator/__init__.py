@@ -6,9 +6,13 @@
 
 Every launch is checked for what a GPU hides: accesses out of bounds or misaligned, races, barriers
 and warp operations that some threads miss, shared memory that was never written, waits without
-end. A launch that does any of it raises ``Fault``. What is *not* modelled: the memory model (each
-access takes effect at once), blocks that run side by side, caches, FMA contraction, flush to zero,
-approximate division, registers, and time.
+end. A launch that does any of it raises ``Fault``. Memory is ordered within a block by the
+``__syncthreads`` functions and ``__syncwarp`` alone: shuffles, votes, matches and reductions of a
+warp meet, and order nothing. Threads of a block that meet at barriers in different source lines are
+reported as missing each other's; barriers of one line, as in a function that two branches call, are
+taken for the same. What is *not* modelled: the memory model (each access takes effect at once),
+blocks that run side by side, caches, FMA contraction, flush to zero, approximate division,
+registers, and time.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Stands in for the CUDA engine's ``_interop``: what it takes from CuPy and from the device.
 
-Not modelled: streams (everything runs in the order in which Python asks for it, before the call
-returns) and the cost of anything.
+A launch must name torch's stream and lie within ``on_device``: a GPU would run it elsewhere without
+a word. Not modelled: streams (everything runs in the order in which Python asks for it, before the
+call returns) and the cost of anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def load(code: str, options: tuple[str, ...], checked: bool) -> _runtime.Library
 
 
 class RawKernel:
-    """A kernel that is called as ``kernel(grid, block, args, shared_mem=0, stream=None)``."""
+    """A kernel that is called as ``kernel(grid, block, args, shared_mem=0, stream=stream)``."""
 
     def __init__(self, module: RawModule, name: str) -> None:
         self.module, self.name = module, name
@@ -71,6 +72,7 @@ class RawKernel:
         shared_mem: int = 0,
         stream: object = None,
     ) -> None:
+        _require_place(self.name, stream)
         _, kernel = self.find(settings.checked)
         grid = _extents(self.name, "grid", grid, MAX_GRID)
         block = _extents(self.name, "block", block, MAX_BLOCK)
@@ -169,16 +171,48 @@ def register(tensor: torch.Tensor) -> None:
         runtime.emulator_register(storage.data_ptr(), storage.nbytes())
 
 
-class Stream:
-    ptr = 0
+class Stream(NamedTuple):
+    device: torch.device
+    ptr: int = 0
 
 
+@functools.cache
 def stream_of(device: torch.device) -> Stream:
-    return Stream()
+    """The device's one stream, always the same object."""
+    return Stream(device)
 
 
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
+_current_device: ContextVar[torch.device | None] = ContextVar("_current_device", default=None)
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Within the block, kernels may be launched on the device."""
+    token = _current_device.set(device)
+    try:
+        yield
+    finally:
+        _current_device.reset(token)
+
+
+def _require_place(kernel: str, stream: object) -> None:
+    """Refuses a launch that a GPU would run on another device or stream than torch's."""
+    device = _current_device.get()
+    if device is None:
+        raise RuntimeError(
+            f"{kernel} is launched outside on_device(device): on a GPU it would run on whichever "
+            f"device is the current one"
+        )
+    if stream is None:
+        raise RuntimeError(
+            f"{kernel} is launched without a stream: on a GPU it would run on CuPy's, unordered "
+            f"with torch's; pass stream=stream_of(device)"
+        )
+    if stream is not stream_of(device):
+        raise RuntimeError(
+            f"{kernel} is launched within on_device({device}), and its stream is not what "
+            f"stream_of({device}) returned, but {stream!r}"
+        )
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -15,13 +15,19 @@ from emulator import interop
 
 KERNELS = Path(emulator.__file__).parent / "kernels"
 SEEDS = range(4)
+DEVICE = torch.device("cpu")
+
+
+def function(file: str, name: str, *options: str) -> interop.RawKernel:
+    """A kernel of ours, to be launched as the engine has to."""
+    code = f'#line 1 "{file}"\n' + (KERNELS / file).read_text(encoding="utf-8")
+    options = options or ("-DOFFSET=0",)
+    return interop.RawModule(code=code, options=("-std=c++17", *options)).get_function(name)
 
 
 def kernel(file: str, name: str, *options: str) -> Callable[..., None]:
     """Launches a kernel: tensors become arrays, int and bool what C++ calls by these names."""
-    code = f'#line 1 "{file}"\n' + (KERNELS / file).read_text(encoding="utf-8")
-    options = options or ("-DOFFSET=0",)
-    function = interop.RawModule(code=code, options=("-std=c++17", *options)).get_function(name)
+    raw = function(file, name, *options)
 
     def launch(block: int | tuple[int, ...], *args: object, grid: Any = (1,), **more: Any) -> None:
         packed = [
@@ -32,7 +38,9 @@ def kernel(file: str, name: str, *options: str) -> Callable[..., None]:
             else arg
             for arg in args
         ]
-        function(grid, (block,) if isinstance(block, int) else block, tuple(packed), **more)
+        block = (block,) if isinstance(block, int) else block
+        with interop.on_device(DEVICE):
+            raw(grid, block, tuple(packed), stream=interop.stream_of(DEVICE), **more)
 
     return launch
 

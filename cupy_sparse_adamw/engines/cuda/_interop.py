@@ -17,9 +17,10 @@ try:
     import cupy
 except ImportError as error:
     raise ImportError(
-        f"CuPy cannot be imported ({error}); install the one for your driver's CUDA version: "
-        f"pip install 'cupy-sparse-adamw[cuda12x]' or 'cupy-sparse-adamw[cuda13x]', or keep tables "
-        f"on the CPU (model.to('cpu'), or HashTable(..., device='cpu'))"
+        f"CuPy cannot be imported ({error}); install the one for torch's CUDA, which is "
+        f"{torch.version.cuda}: pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 "
+        f"nvidia-cuda-runtime-cu12, or cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime; or keep "
+        f"tables on the CPU (model.to('cpu'), or HashTable(..., device='cpu'))"
     ) from error
 
 

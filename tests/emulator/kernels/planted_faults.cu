@@ -79,6 +79,25 @@ extern "C" __global__ void exchange_halves(int* y, bool broken) {
     y[threadIdx.x] = tile[threadIdx.x ^ 16];
 }
 
+// Every one of these is a meeting of the lanes, and none stands for a barrier.
+extern "C" __global__ void meet_by_warp_op(int* y, int op, bool broken) {
+    __shared__ int tile[32];
+    const unsigned all = 0xffffffffu;
+    const int t = threadIdx.x;
+    int got = 0;
+    tile[t] = t;
+    if (op == 0) got = __shfl_xor_sync(all, t, 1);
+    if (op == 1) got = __shfl_sync(all, t, 7);
+    if (op == 2) got = __ballot_sync(all, t & 1);
+    if (op == 3) got = __any_sync(all, t == 5);
+    if (op == 4) got = __all_sync(all, t < 5);
+    if (op == 5) got = __match_any_sync(all, t);
+    if (op == 6) got = __reduce_add_sync(all, t);
+    if (!broken) __syncwarp();
+    y[t] = tile[(t + 1) % 32];
+    y[32 + t] = got;
+}
+
 extern "C" __global__ void write_from_each_block(int* y, bool broken) {
     if (threadIdx.x == 3) y[broken ? 0 : blockIdx.x] = 7;
 }
@@ -113,6 +132,35 @@ extern "C" __global__ void barrier_in_branch(int* y, bool broken) {
     if (!broken || threadIdx.x < 32) __syncthreads();
     y[threadIdx.x] = __ballot_sync(0xffffffffu, 1);
     if (broken && threadIdx.x >= 32) __syncthreads_or(1);
+}
+
+// All threads come to a barrier, though not to the same one.
+extern "C" __global__ void barrier_in_each_branch(int* y, bool broken) {
+    if (broken && threadIdx.x >= 32) {
+        y[threadIdx.x] = 1;
+        __syncthreads();  // the upper
+    } else {
+        y[threadIdx.x] = 2;
+        __syncthreads();  // the lower
+    }
+}
+
+extern "C" __global__ void count_in_each_branch(int* y, bool broken) {
+    if (broken && threadIdx.x % 2) {
+        y[threadIdx.x] = __syncthreads_count(1);
+    } else {
+        y[threadIdx.x] = __syncthreads_count(2);
+    }
+}
+
+// One barrier, of which a compiler may make two: between branches of one condition, in a loop.
+extern "C" __global__ void barrier_between_branches(int* y, bool) {
+    const bool odd = threadIdx.x % 2;
+    for (int round = 0; round < 3; ++round) {
+        if (odd) y[threadIdx.x] += 1;
+        __syncthreads();
+        if (odd) y[threadIdx.x] *= 2;
+    }
 }
 
 extern "C" __global__ void shuffle_all(int* y, bool broken) {

@@ -1,15 +1,17 @@
 // Barriers, shuffles, votes: every call is a meeting in the runtime, which checks who comes.
 #pragma once
 
-EMULATOR_INLINE void __syncthreads() { emulator_barrier(emulator::BarrierOp::kSync, 0); }
-EMULATOR_INLINE int __syncthreads_or(int value) {
-    return emulator_barrier(emulator::BarrierOp::kOr, value);
+EMULATOR_INLINE void __syncthreads(unsigned line = __builtin_LINE()) {
+    emulator_barrier(emulator::BarrierOp::kSync, 0, line);
 }
-EMULATOR_INLINE int __syncthreads_and(int value) {
-    return emulator_barrier(emulator::BarrierOp::kAnd, value);
+EMULATOR_INLINE int __syncthreads_or(int value, unsigned line = __builtin_LINE()) {
+    return emulator_barrier(emulator::BarrierOp::kOr, value, line);
 }
-EMULATOR_INLINE int __syncthreads_count(int value) {
-    return emulator_barrier(emulator::BarrierOp::kCount, value);
+EMULATOR_INLINE int __syncthreads_and(int value, unsigned line = __builtin_LINE()) {
+    return emulator_barrier(emulator::BarrierOp::kAnd, value, line);
+}
+EMULATOR_INLINE int __syncthreads_count(int value, unsigned line = __builtin_LINE()) {
+    return emulator_barrier(emulator::BarrierOp::kCount, value, line);
 }
 EMULATOR_INLINE void __syncwarp(unsigned mask = 0xffffffffu) {
     emulator_warp(emulator::WarpOp::kSyncWarp, mask, 0, 0, 32);

@@ -67,7 +67,8 @@ __attribute__((const)) emulator::Index emulator_block_index();
 __attribute__((const)) emulator::Index emulator_block_dim();
 __attribute__((const)) emulator::Index emulator_grid_dim();
 
-int emulator_barrier(emulator::BarrierOp op, int value);
+// `line` tells barriers apart: unlike its address, it survives what the compiler copies or merges.
+int emulator_barrier(emulator::BarrierOp op, int value, unsigned line);
 emulator::Bits emulator_warp(emulator::WarpOp op, unsigned mask, emulator::Bits value,
                              unsigned operand, int width);
 // A read-modify-write: begin checks, may let other threads run, and returns the memory's bits; no

@@ -26,6 +26,7 @@ struct Fiber {
     uint32_t clock;  // counts the synchronisations that this thread has taken part in
     // What it waits for.
     BarrierOp barrier;
+    unsigned line;  // of the barrier
     WarpOp op;
     unsigned mask;
     Bits value;  // in: its operand; out: its result

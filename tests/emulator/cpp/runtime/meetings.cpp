@@ -48,7 +48,7 @@ std::string describe(const Fiber& fiber) {
     }
 }
 
-// Whatever a lane that came did before, the lanes that came are ordered after it.
+// At __syncwarp: whatever a lane that came did before, the lanes that came are ordered after it.
 void order_lanes(unsigned first, unsigned mask) {
     uint32_t joined[kWarp] = {};
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -150,7 +150,8 @@ void complete(WarpOp op, unsigned first, unsigned mask) {
             results[lane] = reduced;
         }
     }
-    order_lanes(first, mask);
+    // The others exchange values, and promise nothing about memory.
+    if (op == WarpOp::kSyncWarp) order_lanes(first, mask);
     unsigned released[kWarp];
     size_t count = 0;
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -216,15 +217,16 @@ using namespace emulator;
 #pragma GCC visibility push(default)
 extern "C" {
 
-int emulator_barrier(BarrierOp op, int value) {
+int emulator_barrier(BarrierOp op, int value, unsigned line) {
     Fiber& me = machine.fibers[machine.now.thread];
     me.barrier = op;
+    me.line = line;
     me.value = value != 0;
     me.caller = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
     for (unsigned t = 0; machine.at_barrier && t < machine.threads; ++t) {
         const Fiber& other = machine.fibers[t];
         if (other.state != State::kAtBarrier) continue;
-        if (other.barrier != op) {
+        if (other.barrier != op || other.line != line) {
             fail("barrier divergence",
                  std::string("calls ") + name_of(op) + " while thread " + show_thread(t) + " " +
                      describe(other),

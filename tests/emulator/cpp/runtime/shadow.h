@@ -1,10 +1,11 @@
 // Who touched each address last: finds two threads that touch it with nothing that orders them.
 //
 // Ordered are: the accesses of one thread; those before a barrier and those after it; those of two
-// lanes before and after a warp operation that named both. Blocks of a launch are never ordered,
-// launches always. Atomics do not conflict with each other and order nothing: a lock or a flag does
-// not protect plain accesses here, although with the right fences it does on a GPU. A volatile
-// access is an atomic one, as in PTX, where it is a relaxed operation of system scope.
+// lanes before and after a __syncwarp that named both. Shuffles, votes, matches and reductions of a
+// warp order no memory, by CUDA's word. Blocks of a launch are never ordered, launches always.
+// Atomics do not conflict with each other and order nothing: a lock or a flag does not protect
+// plain accesses here, although with the right fences it does on a GPU. A volatile access is an
+// atomic one, as in PTX, where it is a relaxed operation of system scope.
 #pragma once
 
 #include <cstdint>
