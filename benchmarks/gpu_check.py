@@ -925,7 +925,7 @@ def read_junit(text: str) -> Figures:
 @functools.cache
 def our_kernels() -> frozenset[str]:
     """The names of the kernels in ``cuda_src``."""
-    head = r'extern "C" __global__ void (?:OCCUPANCY |__launch_bounds__\(\w+\)\s+)?(\w+)\('
+    head = r'extern "C" __global__ void (?:OCCUPANCY |__launch_bounds__\([^)]*\)\s+)?(\w+)\('
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").glob("*.cu")]
     return frozenset(name for text in texts for name in re.findall(head, text))
 

@@ -179,6 +179,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 has taken a table over, or a CUDA graph is being captured and a replay would not be
                 such a step.
             IndexError: a gradient names a row that the table does not have.
+            OverflowError: more gradient rows or table rows than one sort can hold.
             TypeError, ValueError: a gradient or a setting does not fit.
         """
         if self._reports:
