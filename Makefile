@@ -70,7 +70,7 @@ gpu-check: ## all that only an NVIDIA GPU can tell, into gpu-check.json; install
 kernels: $(VENV)/test.installed ## write docs/kernels.md: what the compiler makes of the CUDA kernels; needs no GPU
 	$(PY) tests/nvrtc.py
 
-mutants: $(VENV)/test.installed ## put small faults into the kernels: does a test catch each? half an hour
+mutants: $(VENV)/test.installed ## put small faults into the kernels: does a test catch each? an hour on two cores
 	$(PY) tests/mutate.py $(ARGS)
 
 cuda_files = $(wildcard cuda_src/*.cu cuda_src/*.cuh)

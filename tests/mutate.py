@@ -1,6 +1,6 @@
 """Puts small faults into the CUDA engine, one at a time: does an emulated test catch each?
 
-    python tests/mutate.py                  # all (about half an hour on two cores), as a table
+    python tests/mutate.py                  # all (about an hour on two cores), as a table
     python tests/mutate.py --only ticket    # those whose name contains "ticket"
 
 A mutation (mutations.txt) replaces one piece of text, which must occur exactly once, in a copy of
