@@ -3,6 +3,7 @@
 
 #include "adamw_math.cuh"
 #include "group.cuh"
+#include "threads.cuh"
 
 // ------------------------------------------------------------------ descriptors under capture
 
@@ -25,7 +26,7 @@ extern "C" __global__ void store_words(Words words, long long* target, long long
 template <typename KEY>
 __device__ void make_keys(const Piece* pieces, long long num_pieces, const Rows* tables, KEY* keys,
                           long long size, long long num_keys) {
-    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const long long i = thread_number();
     if (i >= size) return;
     const Piece& piece =
         pieces[last_at_most(pieces, static_cast<int>(num_pieces), &Piece::first_position, i)];
@@ -37,7 +38,7 @@ __device__ void make_keys(const Piece* pieces, long long num_pieces, const Rows*
     KEY key = static_cast<KEY>(num_keys);
     if (row >= 0 && row < num_rows) {
         key = static_cast<KEY>(table.first_key + row);
-    } else if (row != -1 || !table.drop_missing) {
+    } else if (row != MISSING || !table.drop_missing) {
         // The first to get here says which row it was.
         long long* fault = global(table.fault);
         if (atomicExch(reinterpret_cast<unsigned long long*>(fault), 1ull) == 0) fault[1] = row;
@@ -64,7 +65,7 @@ extern "C" __global__ void make_keys_64(const Piece* pieces, long long num_piece
 template <typename A>
 __device__ void advance(const Table* tables, long long num_tables, Scalars<A>* scalars,
                         long long* faults) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const long long i = thread_number();
     if (i >= num_tables) return;
     const Table& table = tables[i];
     const double t = static_cast<double>(++*global(table.step));

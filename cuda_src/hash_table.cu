@@ -12,11 +12,9 @@
 #include "blocks.cuh"
 #include "elements.cuh"
 #include "random.cuh"
+#include "threads.cuh"
 
-constexpr long long MISSING = -1;
 constexpr long long FREE = -1;
-constexpr int WARP = 32;
-constexpr unsigned ALL = 0xffffffffu;
 
 struct alignas(16) Entry {
     long long id;
@@ -45,10 +43,6 @@ __device__ __forceinline__ long long compare_and_swap(long long* word, long long
     return static_cast<long long>(atomicCAS(reinterpret_cast<unsigned long long*>(word),
                                             static_cast<unsigned long long>(expected),
                                             static_cast<unsigned long long>(desired)));
-}
-
-__device__ __forceinline__ long long thread_number() {
-    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
 // rows[i] = the row of ids[i], or MISSING. One thread per id; an id and its row are one access.

@@ -4,6 +4,7 @@
 // 2^log_lanes neighbouring threads share a row, each taking every 2^log_lanes-th unit.
 
 #include "blocks.cuh"
+#include "threads.cuh"
 
 using Unit = UNIT;
 
@@ -15,8 +16,7 @@ struct Share {
 };
 
 __device__ __forceinline__ Share share(int log_lanes) {
-    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const long long lanes = 1ll << log_lanes;
+    const long long i = thread_number(), lanes = 1ll << log_lanes;
     return Share{i >> log_lanes, i & (lanes - 1), lanes};
 }
 

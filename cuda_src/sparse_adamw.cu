@@ -27,15 +27,14 @@
 #include "adamw_math.cuh"
 #include "elements.cuh"
 #include "group.cuh"
+#include "threads.cuh"
 
 using Acc = Wide<PARAM>::type;
 
 // Positions per block, threads per block, gradients per chunk: all one number, so that a thread
 // holds one position, and chunk c of a run that begins in tile b begins in tile b + c.
 constexpr int TILE = 128;
-constexpr int WARP = 32;
 constexpr int STREAMS = 8;
-constexpr unsigned ALL = 0xffffffffu;
 
 // As many blocks to a multiprocessor as hide the latency of scattered rows, and as the compiler can
 // do without spilling: 32 warps on Ampere to Hopper (20 in double precision), 16 elsewhere.

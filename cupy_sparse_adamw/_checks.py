@@ -81,6 +81,14 @@ def require_lr(lr: Any) -> float | torch.Tensor:
     return rate
 
 
+def lr_error(name: str, lr: torch.Tensor, device: torch.device) -> RuntimeError:
+    """What to raise for a table on ``device`` whose captured step would not follow ``lr``."""
+    return RuntimeError(
+        f"table {name!r}: a CUDA graph cannot follow an lr on {lr.device}; use "
+        f"torch.tensor(lr, device={str(device)!r})"
+    )
+
+
 def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
     """The settings of a param group, each finite and in its range."""
     betas = require_betas(group["betas"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import functional
-from ._checks import require_betas, require_hyperparams, require_int, row_error
+from ._checks import lr_error, require_betas, require_hyperparams, require_int, row_error
 from ._types import Hyperparams, Pending, RowReport, Update
 from .tables import Table, as_table, claim, require_owned
 
@@ -258,10 +258,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     f"step before capturing"
                 )
             if isinstance(hyper.lr, torch.Tensor) and hyper.lr.device != table.device:
-                raise RuntimeError(
-                    f"table {pending.name!r}: a CUDA graph cannot follow an lr on "
-                    f"{hyper.lr.device}; use torch.tensor(lr, device={str(table.device)!r})"
-                )
+                raise lr_error(pending.name, hyper.lr, table.device)
 
     # ------------------------------------------------------------------ rows out of range
 

@@ -63,6 +63,6 @@ class RowBound:
 
     def send_copy(self) -> None:
         """Send the number to the host, unless an earlier one is still under way."""
-        if self.reading_waits() and self._copy is None:
+        if self._copy is None:
             self._copy = functional.copy_to_host(self._counters)
             self._since_copy = 0

@@ -141,8 +141,9 @@ class RowStore:
             index.counters[2:] = 0  # rows that were given but not counted
             self._enter_rows(index.entries.fill_(MISSING))
             raise
-        if not self._has_room(self._bound.at_most() + SPARE_BATCHES * ids.numel()):
-            self._bound.send_copy()
+        bound, soon = self._bound, SPARE_BATCHES * ids.numel()
+        if bound.reading_waits() and not self._has_room(bound.at_most() + soon):
+            bound.send_copy()
         return rows
 
     # ------------------------------------------------------------------ memory

@@ -41,7 +41,7 @@ FIRST_FOR = {
     "cuda_src/rows.cu": ["test_index.py", "test_emulated_update.py"],
 }
 #: These test the emulator, with kernels of their own.
-LEFT_OUT = re.compile(r"tests/test_emulator\.py|tests/emulator/")
+LEFT_OUT = re.compile(r"tests/emulator/")
 #: In the compiled source of a mutant, by which its entries in the emulator's cache are found.
 MARK = f"// a mutant of tests/mutate.py {os.getpid()}\n"
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import importlib.metadata
 import itertools
 import os
 import re
 import sys
-import types
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cupy_sparse_adamw.engines
+from emulator import engine_module
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "kernels.md"
@@ -38,21 +36,6 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 #: Makes ptxas say what each kernel uses. The code stays the same.
 VERBOSE = "--ptxas-options=-v"
-
-
-# ------------------------------------------------------------------ the engine, without its GPU
-
-
-@functools.cache
-def engine(module: str) -> Any:
-    """A module of engines/cuda. Importing that package asks for a GPU; this is a second copy of it
-    that does not, and whose ``_interop`` is empty."""
-    package = types.ModuleType(f"{cupy_sparse_adamw.engines.__name__}.cuda_without_gpu")
-    package.__path__ = [str(Path(cupy_sparse_adamw.engines.__file__).parent / "cuda")]
-    sys.modules.setdefault(package.__name__, package)
-    interop = f"{package.__name__}._interop"
-    sys.modules.setdefault(interop, types.ModuleType(interop))
-    return importlib.import_module(f"{package.__name__}.{module}")
 
 
 def name_of(variant: Any) -> str:
@@ -148,14 +131,14 @@ def compile_source(source: str, name: str, options: tuple[str, ...], arch: int) 
 
 def compile_variant(variant: Any, arch: int, extra: str = "") -> Compiled:
     """Compile what the engine may ask for, and ``extra`` behind it in the same file."""
-    source = engine("_compile").source(variant.file) + extra
+    source = engine_module("_compile").source(variant.file) + extra
     return compile_source(source, variant.file, variant.options(), arch)
 
 
 @functools.cache
 def compile_all(arch: int) -> dict[Any, Compiled]:
     """All that the engine may ask for."""
-    variants = list(engine("_compile").all_variants())
+    variants = list(engine_module("_compile").all_variants())
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs without the interpreter's lock
         compiled = pool.map(compile_variant, variants, itertools.repeat(arch))
         return dict(zip(variants, compiled, strict=True))
@@ -233,7 +216,7 @@ def _num_threads(file: str) -> int:
     """Threads per block, as the host launches the kernels of a file. `advance` and `store_words`,
     which have next to nothing to do, have fewer."""
     modules = {"sparse_adamw.cu": "adamw", "group.cu": "segment"}
-    return engine(modules.get(file, "index")).THREADS
+    return engine_module(modules.get(file, "index")).THREADS
 
 
 def write_table(measured: Mapping[Key, Usage], nvrtc: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import sys
 
 import emulator
@@ -99,12 +98,6 @@ WAITING_CALLS = frozenset((
     "tensor", "as_tensor", "__bool__", "__int__", "__float__", "__index__", "__contains__",
     "__array__", "__repr__",
 ))  # fmt: skip
-# And by the name of the operation in torch, however it was called for.
-WAITING_OPERATIONS = frozenset((
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_consecutive",
-    "aten::masked_select", "aten::_coalesce", "aten::equal", "aten::is_nonzero",
-    "aten::repeat_interleave", "aten::bincount",
-))  # fmt: skip
 # Those that move what users pass in to the table's device, or make a table's block addresses.
 MAY_MOVE = {"_flat", "block_table"}
 
@@ -148,7 +141,7 @@ class NoWaitingCalls(TorchFunctionMode):
 
 class NoWaitingOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in WAITING_OPERATIONS and (frame := package_frame()):
+        if func._schema.name in emulator.SYNCHRONIZING and (frame := package_frame()):
             raise AssertionError(f"{frame.f_code.co_name} waits in {func._schema.name}")
         return func(*args, **(kwargs or {}))
 
@@ -473,7 +466,7 @@ def test_what_a_graph_reads_stays_when_the_table_changes():
             out = table(ids, read_only)
     graph.replay()
     expected = out.clone()
-    kept = importlib.import_module("cupy_sparse_adamw.engines.emulated._group")._kept_for_graphs
+    kept = emulator.engine_module("_group")._kept_for_graphs
     store = table._store
     assert any(x is store._index.entries for x in kept)
     assert any(isinstance(x, tuple) and x[0] is store.embedding.block_table() for x in kept)
@@ -490,9 +483,9 @@ def test_a_kernel_that_is_not_loaded_breaks_no_capture():
     table = Table(torch.randn(4, 6))
     grads = torch.randn(2, 6)
     step([table], [table.pending(([1, 2], grads))])
-    compiled = importlib.import_module("cupy_sparse_adamw.engines.emulated._compile")
+    compiled = emulator.engine_module("_compile")
     compiled._function.cache_clear()
-    group = importlib.import_module("cupy_sparse_adamw.engines.emulated._group")
+    group = emulator.engine_module("_group")
     group._load_store_words.cache_clear()  # so that the next step outside of a capture loads it
     with (
         emulator.using(capturing=True),
@@ -522,7 +515,7 @@ def test_what_a_captured_step_reads_stays(monkeypatch):
 
 
 def test_a_kernel_that_does_not_load_counts_no_step(monkeypatch):
-    compiled = importlib.import_module("cupy_sparse_adamw.engines.emulated._compile")
+    compiled = emulator.engine_module("_compile")
     table = Table(torch.randn(4, 6))
     before = table.values()
     right = compiled._function

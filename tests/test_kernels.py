@@ -15,7 +15,8 @@ import numpy as np
 import nvrtc
 import pytest
 import torch
-from nvrtc import ARCHS, SHARED, TABLE, Key, Usage, compile_all, compile_variant, engine, name_of
+from emulator import engine_module
+from nvrtc import ARCHS, SHARED, TABLE, Key, Usage, compile_all, compile_variant, name_of
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -42,7 +43,7 @@ def for_archs(archs: Any) -> pytest.MarkDecorator:
 
 def adamw_variant(vec: int, key_dtype: torch.dtype = torch.int32) -> Any:
     """The update of tables and gradients in fp32."""
-    return engine("_compile").adamw_variant(torch.float32, torch.float32, key_dtype, vec)
+    return engine_module("_compile").adamw_variant(torch.float32, torch.float32, key_dtype, vec)
 
 
 # ------------------------------------------------------------------ warnings, stack, spills
@@ -86,7 +87,7 @@ def test_nothing_spills_or_has_a_stack(arch: int):
 @needs_nvrtc
 @for_archs([90])
 def test_a_planted_fault_is_found(arch: int):
-    variant = engine("_compile").GROUP
+    variant = engine_module("_compile").GROUP
 
     def planted(body: str) -> nvrtc.Compiled:
         kernel = f'extern "C" __global__ void planted(int i, float* out) {{ {body} }}'
@@ -329,7 +330,7 @@ def own_includes(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_source_holds_each_of_its_includes_once(file: str):
-    source = engine("_compile").source(file)
+    source = engine_module("_compile").source(file)
     included = own_includes(CUDA_SRC / file)
     for path in CUDA_SRC.glob("*.cuh"):
         begin = path.read_text(encoding="utf-8").splitlines()[0]
@@ -339,7 +340,7 @@ def test_a_source_holds_each_of_its_includes_once(file: str):
 
 
 def test_every_file_is_compiled_and_no_choice_of_types_twice():
-    variants = list(engine("_compile").all_variants())
+    variants = list(engine_module("_compile").all_variants())
     assert {variant.file for variant in variants} == set(FILES)
     assert len(set(variants)) == len(variants)
 
@@ -377,7 +378,7 @@ def constants(**values: int) -> str:
 
 
 def group_assertions() -> str:
-    group = engine("_group")
+    group = engine_module("_group")
     inner = {name: f"block_rows.{name}" for name in group.DIVISOR.names}
     return "\n".join(
         [
@@ -394,16 +395,16 @@ def group_assertions() -> str:
 def hash_table_assertions() -> str:
     return "\n".join(
         [
-            layout("Divisor", engine("_group").DIVISOR),
-            layout("Plan", engine("random").PLAN),
+            layout("Divisor", engine_module("_group").DIVISOR),
+            layout("Plan", engine_module("random").PLAN),
             layout("Entry", np.dtype([("id", "i8"), ("row", "i8")])),
-            constants(WARP=engine("_compile").WARP),
+            constants(WARP=engine_module("_compile").WARP),
         ]
     )
 
 
 def adamw_assertions() -> str:
-    adamw = engine("adamw")
+    adamw = engine_module("adamw")
     return "\n".join(
         [
             constants(TILE=adamw.TILE, WARP=adamw.WARP),
@@ -421,7 +422,7 @@ def test_host_and_kernels_agree_on_layouts_and_constants(arch: int, file: str):
         "hash_table.cu": hash_table_assertions,
         "sparse_adamw.cu": adamw_assertions,
     }
-    variants = engine("_compile").all_variants()
+    variants = engine_module("_compile").all_variants()
     variant = next(variant for variant in variants if variant.file == file)
     compiled = compile_variant(variant, arch, IS_DOUBLE + assertions[file]())
     assert compiled.is_ok, compiled.log
@@ -453,7 +454,7 @@ NUMBERS = st.integers(0, 2**63 - 1)
 
 def divide(n: int, number: int) -> int:
     """As ``divide`` of blocks.cuh does, in 64 bits; what does not fit raises OverflowError."""
-    divisor, magic, shift = engine("_group").divisor(number)
+    divisor, magic, shift = engine_module("_group").divisor(number)
     assert divisor == number
     for word in (2 * n, magic):
         word.to_bytes(8, "little")

@@ -18,6 +18,7 @@ registers, and time.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -28,16 +29,18 @@ from cupy_sparse_adamw import functional
 
 from . import _runtime, interop
 from ._build import available
-from ._capture import capture
+from ._capture import SYNCHRONIZING, capture
 from ._settings import Fault, Launch, launches, settings, using
 from .interop import register
 
 __all__ = [
+    "SYNCHRONIZING",
     "Fault",
     "Launch",
     "active",
     "available",
     "capture",
+    "engine_module",
     "interop",
     "launches",
     "load_engine",
@@ -84,6 +87,12 @@ def load_engine(folder: Path = CUDA_ENGINE) -> ModuleType:
             raise
     functional._MODULES["emulated"] = ".engines.emulated"
     return sys.modules[ENGINE]
+
+
+def engine_module(name: str) -> ModuleType:
+    """A module of that engine, such as "_compile". Neither g++ nor a GPU is needed for it."""
+    load_engine()
+    return importlib.import_module(f"{ENGINE}.{name}")
 
 
 def unload_engine() -> None:

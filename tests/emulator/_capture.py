@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 _current: list[Graph] = []
 
 # They wait for the device to read a result, which a capture cannot.
-SYNCHRONIZING = {
-    *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"),
-    *("aten::_unique2", "aten::unique_consecutive", "aten::masked_select"),
-}
+SYNCHRONIZING = frozenset((
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero",
+    "aten::_unique2", "aten::unique_consecutive", "aten::masked_select", "aten::bincount",
+    "aten::_coalesce", "aten::repeat_interleave",
+))  # fmt: skip
 
 
 def current() -> Graph | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -11,22 +9,7 @@ import torch
 import emulator
 from emulator.testing import SEEDS, ints, kernel
 
-pytestmark = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(bool(emulator.available()), reason=str(emulator.available())),
-]
-
-
-@pytest.fixture(autouse=True)
-def _emulating() -> Iterator[None]:
-    with emulator.active():
-        yield
-
-
-@pytest.fixture(params=[True, False], ids=["checked", "unchecked"])
-def checked(request: pytest.FixtureRequest) -> Iterator[bool]:
-    with emulator.using(checked=request.param):
-        yield request.param
+pytestmark = pytest.mark.emulated
 
 
 @pytest.mark.parametrize("by", [0, 1, 5, 16])

@@ -27,6 +27,8 @@ OPTIONS = ("-std=c++17", "-fmad=false", "-prec-div=false", "-prec-sqrt=false")
 
 #: Threads that run together (CUDA C++ Programming Guide, "SIMT architecture").
 WARP = 32
+#: Threads a block of kernels that have a thread for each item: any multiple of a warp would do.
+THREADS = 256
 #: Types of elements.cuh.
 TYPE_NAMES = {
     torch.float32: "float",

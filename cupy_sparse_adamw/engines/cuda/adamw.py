@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._checks import row_error
+from ..._checks import lr_error, row_error
 from ..._types import MOMENT_DTYPE, Pending, Slot, Update
 from . import _interop
 from ._compile import (
@@ -88,10 +88,7 @@ def _table(update: Update, first_key: int, fault: torch.Tensor) -> tuple[Any, ..
         if lr.device == pending.param.device and lr.dtype in (torch.float32, torch.float64):
             lr_address, lr_bytes, lr = lr.data_ptr(), lr.itemsize, 0.0
         elif _interop.is_capturing(pending.param.device):
-            raise RuntimeError(
-                f"table {pending.name!r}: a CUDA graph cannot follow an lr on {lr.device}; use "
-                f"torch.tensor(lr, device={str(pending.param.device)!r})"
-            )
+            raise lr_error(pending.name, lr, pending.param.device)
         else:
             lr = float(lr)
     return (

@@ -11,11 +11,18 @@ import numpy as np
 import torch
 
 from ..._types import Distribution, RowIndex, Slot
-from ._compile import UNITS, blocks_for, hash_table_variant, launch, log_lanes, rows_variant
+from ._compile import (
+    THREADS,
+    UNITS,
+    blocks_for,
+    hash_table_variant,
+    launch,
+    log_lanes,
+    rows_variant,
+)
 from ._group import block_table, divisor_struct, keep_for_graph
 from .random import plan_struct
 
-THREADS = 256
 #: The kernels that do not touch rows are the same for every dtype.
 _ANY = hash_table_variant(torch.float32)
 

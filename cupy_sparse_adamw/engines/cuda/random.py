@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from ..._types import Distribution, Slot
-from ._compile import WARP, blocks_for, hash_table_variant, launch
+from ._compile import THREADS, WARP, blocks_for, hash_table_variant, launch
 from ._group import block_table, divisor_struct
 
-THREADS = 256
 PLAN = np.dtype(
     [
         ("start", "f8"),

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from ..._types import MOMENT_DTYPE, Pending
-from ._compile import GROUP, blocks_for, launch
+from ._compile import GROUP, THREADS, blocks_for, launch
 from ._group import PIECE, ROWS, upload
 
-THREADS = 256
 #: Sorted positions per block of the update (sparse_adamw.cu).
 TILE = 128
 #: More gradient rows than torch.sort takes on a GPU.

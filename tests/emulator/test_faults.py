@@ -1,38 +1,23 @@
 """The emulator itself finds each fault that is planted here, and none where there is none.
 
-That it computes rightly is tested in ``emulator/test_builtins.py``.
+That it computes rightly is tested in ``test_builtins.py``.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import emulator
 import numpy as np
 import pytest
 import torch
+
+import emulator
 from emulator import interop
 from emulator.testing import DEVICE, SEEDS, descriptor, found, function, ints, kernel, line_of
 
-pytestmark = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(bool(emulator.available()), reason=str(emulator.available())),
-]
-
-
-@pytest.fixture(autouse=True)
-def _emulating() -> Iterator[None]:
-    with emulator.active():
-        yield
-
-
-@pytest.fixture(params=[True, False], ids=["checked", "unchecked"])
-def checked(request: pytest.FixtureRequest) -> Iterator[bool]:
-    with emulator.using(checked=request.param):
-        yield request.param
+pytestmark = pytest.mark.emulated
 
 
 # Out of bounds ------------------------------------------------------------------------------------
@@ -546,7 +531,7 @@ def test_the_engine_is_loaded_beside_the_real_one(tmp_path):
     )
     (tmp_path / "_interop.py").write_text("raise ImportError('the real one')\n")
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "import pathlib, emulator\n"
         "from cupy_sparse_adamw import functional\n"
         f"engine = emulator.load_engine(pathlib.Path({str(tmp_path)!r}))\n"
@@ -555,7 +540,7 @@ def test_the_engine_is_loaded_beside_the_real_one(tmp_path):
         "emulator.unload_engine()\n"
         "assert 'emulated' not in functional._MODULES\n"
     )
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin"},
