@@ -13,39 +13,45 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import functools
-import json
-import os
-import platform
-import re
-import shutil
-import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).parent)]
 
 try:
     import numpy as np
     import torch
     from conftest import why_no_gpu
-    from oracle import TOLERANCE, bits, relative_error, within_one_ulp
+    from gpu_cases import Pair, Setup, contents_by_id, differences, draw_rows, hash_table
+    from gpu_harness import (
+        CheckFailed,
+        Figures,
+        answer_part,
+        captured,
+        copy_bandwidth,
+        environment,
+        gpu_seconds,
+        host_us,
+        in_a_process,
+        no_waits,
+        recorded_waits,
+        require,
+        run_command,
+        run_parts,
+        sparse,
+        tail,
+        warm_up,
+    )
+    from gpu_sanitizer import sanitizer
+    from oracle import TOLERANCE, relative_error, within_one_ulp
 
     from cupy_sparse_adamw import (
-        AdmitHook,
         HashTable,
         NormalInitializer,
         SparseAdamW,
@@ -63,207 +69,13 @@ except ImportError as missing:
     )
     sys.exit(2)
 
-Figures = dict[str, Any]
-
 #: Seconds after which a part is stopped.
 LIMIT = 120.0
 COMPILATION_LIMIT = 420.0
 TEST_LIMIT = 420.0
-SANITIZER_LIMIT = 240.0
-
-#: Exit status that compute-sanitizer is told to end with if it finds something.
-FOUND = 99
-
-
-class CheckFailed(Exception):
-    """A part's finding: something is not as it must be. ``figures`` tell what is known anyway."""
-
-    def __init__(self, text: str, figures: Figures | None = None) -> None:
-        super().__init__(text)
-        self.figures = figures or {}
-
-
-class NotRun(Exception):
-    """A part has nothing to run on this machine."""
-
-
-def require(condition: object, text: str) -> None:
-    """Raise CheckFailed with ``text`` unless ``condition`` holds."""
-    if not condition:
-        raise CheckFailed(text)
-
-
-# ---------------------------------------------------------------------- what the parts work on
-
-
-def sparse(rows: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The gradient [num_rows, D] that a sparse embedding gets; nothing is checked or waited for."""
-    size = (num_rows, values.shape[1])
-    return torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
-
-
-def draw_rows(count: int, num_rows: int, draw: torch.Generator) -> torch.Tensor:
-    """Rows [count] on the CPU, a third of them row 3: a run that is summed in several parts."""
-    rows = torch.randint(num_rows, (count,), generator=draw)
-    rows[::3] = 3
-    return rows
-
-
-class Setup:
-    """Tables of four groups with gradients that stay, and their optimizer. Each one is the same.
-
-    torch.sort takes up to 4,096 keys in one block, and more by a radix sort: two groups have so
-    many gradients.
-
-    Args:
-        lr: a float, or a tensor on the GPU.
-    """
-
-    ROWS, COUNT = 200, 1500
-    MANY = 6000
-
-    def __init__(self, lr: float | torch.Tensor = 1e-2) -> None:
-        draw = torch.Generator().manual_seed(0)
-        self.weights = {}
-        for name, dtype, dim, count in (
-            ("wide", torch.float32, 64, self.MANY),
-            ("odd", torch.float32, 7, self.COUNT),
-            ("half", torch.float16, 16, self.COUNT),
-        ):
-            values = torch.randn(self.ROWS, dim, generator=draw)
-            weight = torch.nn.Parameter(values.to("cuda", dtype))
-            rows = draw_rows(count, self.ROWS, draw).cuda()
-            grad = torch.randn(count, dim, generator=draw).to("cuda", dtype)
-            weight.grad = sparse(rows, grad, self.ROWS)
-            self.weights[name] = weight
-        initializer = NormalInitializer(generator=torch.Generator().manual_seed(1))
-        self.table = HashTable([16], 64, device="cuda", initializer=initializer)
-        with torch.no_grad():
-            self.table(torch.arange(self.ROWS, device="cuda"))
-        # Which new id gets which row is not determined: find them.
-        ids, rows = self.table.ids_map()
-        rows = rows[ids.argsort()][draw_rows(self.MANY, self.ROWS, draw).cuda()]
-        self.table.accept_grad(rows, torch.randn(self.MANY, 16, generator=draw).cuda())
-        self.lr = lr
-        self.optimizer = SparseAdamW({**self.weights, "table": self.table}, lr=lr)
-
-    def contents(self) -> dict[str, torch.Tensor]:
-        """Weights, moments and t of every table; a HashTable's in the order of its ids."""
-        found: dict[str, torch.Tensor] = {}
-        ids, _ = self.table.ids_map()
-        weights = {name: weight.detach() for name, weight in self.weights.items()}
-        weights["table"] = self.table.embeddings()[ids.argsort()]
-        for name, state in self.optimizer.state_dict()["state"].items():
-            order = state["ids"].argsort() if "ids" in state else slice(None)
-            found[f"{name} weights"] = weights[name].clone()
-            found[f"{name} step"] = torch.tensor([state["step"]])
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name} {key}"] = state[key][order].clone()
-        return found
-
-
-class Pair:
-    """Two HashTables of one group, trained by lookups that insert nothing. Each one is the same."""
-
-    KNOWN, COUNT = 300, 5000
-
-    def __init__(self) -> None:
-        self.ids = torch.zeros(self.COUNT, dtype=torch.int64, device="cuda")
-        self.tables = {}
-        for i, name in enumerate("ab"):
-            table = self.tables[name] = hash_table(16, name, seed=i)
-            table.reserve(2000)
-            table(torch.arange(self.KNOWN, device="cuda"))
-        self.optimizer = SparseAdamW(self.tables, lr=0.05)
-
-    def step(self) -> None:
-        """Lookup, loss, backward, step."""
-        read_only = AdmitHook("ReadOnly")
-        losses = [table(self.ids, read_only).pow(2).sum() for table in self.tables.values()]
-        sum(losses).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def contents(self) -> dict[str, torch.Tensor]:
-        """What is in the tables and in their state."""
-        return contents_by_id(self.tables, self.optimizer)
-
-
-def hash_table(dim: int, name: str | None = None, seed: int = 0) -> HashTable:
-    """A table whose new rows depend on the seed alone."""
-    initializer = NormalInitializer(generator=torch.Generator().manual_seed(seed))
-    return HashTable([dim], 64, device="cuda", initializer=initializer, name=name)
-
-
-def contents_by_id(
-    tables: Mapping[str, HashTable], optimizer: SparseAdamW
-) -> dict[str, torch.Tensor]:
-    """Copies of the embeddings, moments and t of HashTables, rows in the order of their ids."""
-    found: dict[str, torch.Tensor] = {}
-    for name, state in optimizer.state_dict()["state"].items():
-        order = state["ids"].argsort()
-        found[f"{name} embedding"] = tables[name].embeddings()[order]
-        found[f"{name} step"] = torch.tensor([state["step"]])
-        for key in ("exp_avg", "exp_avg_sq"):
-            found[f"{name} {key}"] = state[key][order]
-    return found
-
-
-def differences(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> list[str]:
-    """Names of tensors that are not the same bit for bit."""
-    return [
-        name
-        for name in expected
-        if name not in found or not torch.equal(bits(found[name]), bits(expected[name]))
-    ]
 
 
 # ---------------------------------------------------------------------- parts: correctness
-
-
-def environment() -> Figures:
-    """What this machine is and what is installed."""
-
-    def told(read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except Exception as error:  # a figure that is missing fails nothing
-            return f"unknown ({type(error).__name__}: {error})"
-
-    def nvidia_smi() -> str:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
-    def commit() -> str:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
-    import cupy
-
-    card = torch.cuda.get_device_properties(0)
-    return {
-        "card": card.name,
-        "compute_capability": f"{card.major}.{card.minor}",
-        "memory_GiB": round(card.total_memory / 2**30, 1),
-        "multiprocessors": card.multi_processor_count,
-        "devices": torch.cuda.device_count(),
-        "driver": told(nvidia_smi),
-        "cuda_of_driver": told(cupy.cuda.runtime.driverGetVersion),
-        "cuda_of_torch": torch.version.cuda,
-        "nvrtc": told(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion()))),
-        "torch": torch.__version__,
-        "cupy": cupy.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "commit": told(commit),
-    }
 
 
 def compilation() -> Figures:
@@ -294,7 +106,7 @@ def compilation() -> Figures:
 
 def zero_copy() -> Figures:
     """A tensor and its CuPy array are one memory, on the way there and on the way back."""
-    from cupy_sparse_adamw.engines.cuda._interop import array_of
+    from cupy_sparse_adamw.engines.cuda._interop import address_of, array_of
 
     compared = 0
     for dtype in (*TOLERANCE, torch.int64, torch.int32):
@@ -305,6 +117,10 @@ def zero_copy() -> Figures:
                 array.data.ptr == tensor.data_ptr() and array.shape == tuple(tensor.shape),
                 f"{dtype} {list(tensor.shape)}: torch has it at {tensor.data_ptr():#x}, CuPy at "
                 f"{array.data.ptr:#x} with shape {array.shape}",
+            )
+            require(
+                int(address_of(tensor)) == tensor.data_ptr(),
+                f"{dtype} {list(tensor.shape)}: its address is not where torch has it",
             )
             compared += 1
             if tensor.numel() == 0:  # has no memory that could come back
@@ -323,17 +139,6 @@ def zero_copy() -> Figures:
         array_of(parameter).data.ptr == parameter.data_ptr(), "a Parameter is elsewhere for CuPy"
     )
     return {"tensors": compared + 1}
-
-
-@contextlib.contextmanager
-def no_waits() -> Iterator[None]:
-    """Within the block, an operation of torch's that waits for the GPU raises RuntimeError."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def no_sync() -> Figures:
@@ -390,21 +195,6 @@ def counted_waits() -> Iterator[Counter[str]]:
         yield waits
 
 
-@contextlib.contextmanager
-def recorded_waits() -> Iterator[Counter[str]]:
-    """Within the block, records where an operation of torch's waits for the GPU."""
-    texts: Counter[str] = Counter()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield texts
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        texts.update(f"{Path(w.filename).name}:{w.lineno}: {w.message}" for w in said)
-
-
 def steady_state() -> Figures:
     """Training on known ids without ``reserve``: how often the host waits for the GPU.
 
@@ -446,24 +236,6 @@ def steady_state() -> Figures:
         if waits["RowBound.exactly"] or waits["torch_warnings"]:
             raise CheckFailed(f"with the GPU {gpu}, the host waits: {waits}", figures)
     return figures
-
-
-def warm_up(work: Callable[[], object]) -> None:
-    """Do it three times on a side stream, as torch asks for before a capture."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-
-
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The graph of it; it does not run."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
 
 
 def compare_replays(lrs: Sequence[float | None]) -> None:
@@ -640,16 +412,23 @@ def determinism() -> Figures:
             wrong = differences(together, alone)
             require(not wrong, f"D = {dim}: {count} gradients of other rows change {wrong}")
             compared += 1
+        ascending = torch.arange(0, sizes[0], 3).cuda()
+        as_given, coalesced = (
+            step_once(weight, ascending, values[: len(ascending)], is_coalesced)
+            for is_coalesced in (False, True)
+        )
+        wrong = differences(coalesced, as_given)
+        require(not wrong, f"D = {dim}: a gradient that is known to be coalesced changes {wrong}")
     return {"repeats": repeats, "batches": compared}
 
 
 def step_once(
-    weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor
+    weight: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, is_coalesced: bool = False
 ) -> dict[str, torch.Tensor]:
     """The first half of the rows after one step, and their moments."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = SparseAdamW({"table": parameter})
-    parameter.grad = sparse(rows, values, weight.shape[0])
+    parameter.grad = sparse(rows, values, weight.shape[0])._coalesced_(is_coalesced)
     optimizer.step()
     half, state = weight.shape[0] // 2, optimizer.state_dict()["state"]["table"]
     moments = {key: state[key][:half].clone() for key in ("exp_avg", "exp_avg_sq")}
@@ -778,19 +557,6 @@ def host_overhead() -> Figures:
     return figures
 
 
-def host_us(work: Callable[[], object], calls: int, rounds: int = 30) -> float:
-    """Host time of a call, the median of rounds; the GPU has nothing else to do at their begin."""
-    seconds = []
-    for _ in range(rounds + 3):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            work()
-        seconds.append((time.perf_counter() - begin) / calls)
-    torch.cuda.synchronize()
-    return round(1e6 * statistics.median(seconds[3:]), 2)
-
-
 def device_time() -> Figures:
     """Time of a step on the GPU and the share of copy bandwidth that it makes of its least bytes.
 
@@ -826,62 +592,7 @@ def device_time() -> Figures:
     return figures
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    source = torch.zeros(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
-
-
-def gpu_seconds(work: Callable[[], object], rounds: int = 20) -> float:
-    """Time of ``work`` on the GPU, the median of rounds.
-
-    The GPU is kept busy, some 5 ms, while the host puts the work in its queue: so no time of the
-    host's is in it.
-    """
-    seconds = []
-    for _ in range(rounds + 5):  # the first are not counted
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(10_000_000)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(seconds[5:])
-
-
 # ---------------------------------------------------------------------- parts: other programs
-
-
-def run_command(command: Sequence[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """(exit status, output) of a program; None for one that took too long, with all it started."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables},
-            start_new_session=True,
-        )
-        try:
-            status: int | None = process.wait(seconds)
-        except BaseException as error:  # Ctrl-C reaches only this process
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            status = None
-        log.seek(0)
-        return status, log.read()
-
-
-def tail(text: str, lines: int = 15) -> str:
-    """The last lines of an output."""
-    return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
 def gpu_tests() -> Figures:
@@ -922,76 +633,6 @@ def read_junit(text: str) -> Figures:
     return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
 
 
-@functools.cache
-def our_kernels() -> frozenset[str]:
-    """The names of the kernels in ``cuda_src``."""
-    head = r'extern "C" __global__ void (?:OCCUPANCY |__launch_bounds__\([^)]*\)\s+)?(\w+)\('
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").glob("*.cu")]
-    return frozenset(name for text in texts for name in re.findall(head, text))
-
-
-#: Where compute-sanitizer says that something happened: "at update+0x140", "at 0x140 in update".
-PLACE = re.compile(
-    r"(?:^at |access at |^Device Frame: ?)(?:0x[0-9a-f]+ in )?(?!0x)(.+?)(?:\+0x[0-9a-f]+|\s+\[|$)"
-)
-
-
-def kernel_of(line: str) -> str | None:
-    """The kernel that a line of compute-sanitizer's names."""
-    place = PLACE.search(line.strip("= "))
-    return place[1] if place else None
-
-
-def is_ours(kernel: str | None) -> bool:
-    """Whether it is one of ``cuda_src``; a file and a line may stand before its name."""
-    return kernel is not None and kernel.split(":")[-1] in our_kernels()
-
-
-def sanitizer(tool: str) -> Figures:
-    """``short_case`` under a tool of compute-sanitizer.
-
-    What racecheck and initcheck find in torch's kernels is only reported: some of those read memory
-    that nobody has written, and do not use it.
-    """
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    program = shutil.which("compute-sanitizer", path=places)
-    if program is None:
-        raise NotRun("compute-sanitizer is not on PATH, nor in /usr/local/cuda/bin")
-    command = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
-    if tool == "memcheck":  # the runtime's own failed calls, which torch expects, are no findings
-        command += ["--report-api-errors", "no"]
-    if tool in ("racecheck", "initcheck"):  # may find much
-        command += ["--show-backtrace", "no", "--print-limit", "10000"]
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        command += [sys.executable, __file__, "--part", "short_case", "--output", str(answer)]
-        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
-        status, output = run_command(command, SANITIZER_LIMIT, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        said = [line for line in output.splitlines() if line.startswith("=====")]
-        kernels = [kernel_of(line) for line in said]
-        figures: Figures = {
-            "program": program,
-            "summary": [line.strip("= ") for line in said if "SUMMARY" in line],
-            "kernels": dict(Counter(filter(None, kernels))),
-            "said": said[:2000],
-        }
-        if status is None:
-            raise CheckFailed(f"no end after {SANITIZER_LIMIT:.0f} s: {tail(output)}", figures)
-        if status == FOUND:
-            ours = [i for i, kernel in enumerate(kernels) if is_ours(kernel)]
-            is_others = tool == "initcheck" or (tool == "racecheck" and any(kernels))
-            if ours or not is_others:
-                first = max(ours[0] - 1, 0) if ours else 0
-                raise CheckFailed("\n".join(said[first : first + 40]), figures)
-        if not answer.exists():
-            text = f"the case did not run, status {status}: {tail(output, 40)}"
-            raise CheckFailed(text, figures)
-        figures = {**read_answer(answer), **figures}
-    if status not in (0, FOUND) or not figures["summary"]:
-        raise CheckFailed(f"{tool} ended with status {status}: {tail(output, 40)}", figures)
-    return figures
-
-
 # ---------------------------------------------------------------------- running the parts
 
 #: Parts that use the GPU themselves: each runs in a process of its own.
@@ -1012,114 +653,21 @@ IN_A_PROCESS = (
 )
 
 
-class Outcome(NamedTuple):
-    """What became of a part: "passed", "failed" or "not run"; figures, or why not."""
-
-    result: str
-    seconds: float
-    figures: Figures
-    error: str = ""
-
-
-def in_a_process(name: str) -> Callable[[], Figures]:
-    """The part of that name, to be run by another Python."""
-
-    def part() -> Figures:
-        with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder, "answer.json")
-            command = [sys.executable, __file__, "--part", name, "--output", str(answer)]
-            limit = COMPILATION_LIMIT if name == "compilation" else LIMIT
-            status, output = run_command(command, limit)
-            require(status is not None, f"no end after {limit:.0f} s: {tail(output)}")
-            require(answer.exists(), f"ended with status {status}: {tail(output)}")
-            return read_answer(answer)
-
-    return part
-
-
-def answer_part(name: str, output: Path) -> None:
-    """Run a part here; write its figures, or its error."""
-    work = {part.__name__: part for part in IN_A_PROCESS}[name]
-    try:
-        answer: Figures = {"figures": work()}
-    except CheckFailed as error:
-        answer = {"error": str(error), "figures": error.figures}
-    except Exception:
-        answer = {"error": traceback.format_exc()}
-    write_json(output, answer)
-
-
-def read_answer(path: Path) -> Figures:
-    """The figures that ``answer_part`` has written; CheckFailed if it wrote an error."""
-    answer = json.loads(path.read_text(encoding="utf-8"))
-    if "error" in answer:
-        raise CheckFailed(answer["error"], answer.get("figures"))
-    figures: Figures = answer["figures"]
-    return figures
-
-
-def run_part(part: Callable[[], Figures]) -> Outcome:
-    """What becomes of a part; whatever it raises is its outcome."""
-    begin = time.perf_counter()
-    result, figures, text = "passed", {}, ""
-    try:
-        figures = part()
-    except NotRun as error:
-        result, text = "not run", str(error)
-    except CheckFailed as error:
-        result, text, figures = "failed", str(error), error.figures
-    except Exception:
-        result, text = "failed", traceback.format_exc()
-    return Outcome(result, round(time.perf_counter() - begin, 1), figures, text)
-
-
-def run_parts(parts: Mapping[str, Callable[[], Figures]], output: Path) -> dict[str, Any]:
-    """Run all parts in order; print each outcome, and write the report after each."""
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "result": "incomplete",
-        "parts": {},
-    }
-    for name, part in parts.items():
-        print(f"{name:<24}", end="", flush=True)
-        outcome = run_part(part)
-        report["parts"][name] = outcome._asdict()
-        write_json(output, report)
-        print(f"{outcome.result:<8}{outcome.seconds:7.1f} s", flush=True)
-        if outcome.error:
-            print(indented(outcome.error), flush=True)
-        elif outcome.figures:
-            print(indented(json.dumps(outcome.figures, ensure_ascii=False)[:2000]), flush=True)
-    failed = [name for name, x in report["parts"].items() if x["result"] == "failed"]
-    report["result"] = "failed" if failed else "passed"
-    write_json(output, report)
-    return report
-
-
-def indented(text: str) -> str:
-    """Every line four spaces in."""
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 #: In this order: what is cheap and explains the most comes first. The tests leave compiled kernels
 #: in CuPy's cache, without which the sanitizer would take long.
 PARTS: dict[str, Callable[[], Figures]] = {
-    **{part.__name__: in_a_process(part.__name__) for part in IN_A_PROCESS if part != short_case},
+    **{
+        part.__name__: in_a_process(
+            __file__, part.__name__, COMPILATION_LIMIT if part == compilation else LIMIT
+        )
+        for part in IN_A_PROCESS
+        if part != short_case
+    },
     "gpu_tests": gpu_tests,
-    "memcheck": lambda: sanitizer("memcheck"),
-    "racecheck": lambda: sanitizer("racecheck"),
-    "synccheck": lambda: sanitizer("synccheck"),
-    "initcheck": lambda: sanitizer("initcheck"),
+    "memcheck": lambda: sanitizer("memcheck", __file__),
+    "racecheck": lambda: sanitizer("racecheck", __file__),
+    "synccheck": lambda: sanitizer("synccheck", __file__),
+    "initcheck": lambda: sanitizer("initcheck", __file__),
 }
 
 
@@ -1147,7 +695,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 2
     if options.part:
-        answer_part(options.part, options.output)
+        work = {part.__name__: part for part in IN_A_PROCESS}[options.part]
+        answer_part(work, options.output)
         return 0
     if options.short_case:
         print(short_case())

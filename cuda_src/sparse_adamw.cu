@@ -17,7 +17,7 @@
 // per gradient; 16 bytes of key and position per gradient.
 //
 // Long runs. A run is summed in chunks of TILE gradients, counted from its start: a chunk in order
-// of occurrence, then the chunks' sums in eight interleaved streams, then the streams. So a row's
+// of occurrence, then the chunks' sums in 32 interleaved streams, then the streams. So a row's
 // sum depends on its own gradients alone, wherever the run lies. A run of one chunk is updated
 // where it begins. Of a longer one, each chunk is summed by the tile in which the chunk begins,
 // into a place of its own in `partials`: the first chunk of the only long run that may begin in
@@ -34,7 +34,10 @@ using Acc = Wide<PARAM>::type;
 // Positions per block, threads per block, gradients per chunk: all one number, so that a thread
 // holds one position, and chunk c of a run that begins in tile b begins in tile b + c.
 constexpr int TILE = 128;
-constexpr int STREAMS = 8;
+// Streams in which a long run's chunks are added up, and a warp's share of them: what is asked of
+// memory at a time.
+constexpr int STREAMS_OF_WARP = 8;
+constexpr int STREAMS = STREAMS_OF_WARP * (TILE / WARP);
 
 // As many blocks to a multiprocessor as hide the latency of scattered rows, and as the compiler can
 // do without spilling: 32 warps on Ampere to Hopper (20 in double precision), 16 elsewhere.
@@ -47,7 +50,7 @@ constexpr int STREAMS = 8;
 // The gradients of a group in sorted order.
 struct Sorted {
     const KEY* keys;         // [size], ascending
-    const long long* order;  // [size]: position in order of occurrence
+    const long long* order;  // [size]: position in order of occurrence; null if that is the same
     long long size;
     long long num_keys;  // keys from here on stand for dropped gradients
     const Piece* pieces;
@@ -72,6 +75,20 @@ struct Sorted {
         }
         return low;
     }
+
+    // Behind the last position of the run of `key` that `begin` is in. All threads of the block
+    // look at once, each at the end of its share of what is left.
+    __device__ long long run_end(KEY key, long long begin) const {
+        long long low = begin, high = size;  // low is in the run, high is not
+        while (high - low > 1) {
+            const long long share = (high - low + TILE - 1) / TILE;
+            const long long p = low + (threadIdx.x + 1) * share;
+            const int in_run = __syncthreads_count(p < high && keys[p] == key);
+            low += in_run * share;
+            high = min(high, low + share);
+        }
+        return high;
+    }
 };
 
 // Where a gradient is.
@@ -82,7 +99,7 @@ struct Grad {
 #endif
 
     __device__ __forceinline__ void locate(const Sorted& sorted, long long p) {
-        const long long i = sorted.order[p];
+        const long long i = sorted.order ? sorted.order[p] : p;
         const Piece& piece = sorted.pieces[last_at_most(
             sorted.pieces, static_cast<int>(sorted.num_pieces), &Piece::first_position, i)];
         address = reinterpret_cast<const GRAD*>(piece.grad) +
@@ -325,38 +342,57 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
     }
 }
 
-// Adds up the chunks of the long run that begins in a tile, if one does. One warp per tile.
+// Adds up the chunks of the long runs that begin in TILE / WARP tiles, one run after another: chunk
+// c is of stream c % STREAMS, and each warp has STREAMS_OF_WARP of them.
 template <typename Sink>
-__device__ __forceinline__ void finish_tile(const Sorted& sorted, const Sink& sink, int dim,
-                                            const Acc* partials, const int* long_begin) {
-    const long long tile = static_cast<long long>(blockIdx.x) * (TILE / WARP) + threadIdx.x / WARP;
-    if (tile * TILE >= sorted.size || long_begin[tile] < 0) return;
-    const long long begin = tile * TILE + long_begin[tile];
-    const KEY key = sorted.keys[begin];
-    const long long length = sorted.run_begin(key + 1, sorted.size) - begin;
-    const int num_chunks = static_cast<int>((length + TILE - 1) / TILE);
-    const typename Sink::Row row = sink.locate(key, begin);
+__device__ __forceinline__ void finish_tiles(const Sorted& sorted, const Sink& sink, int dim,
+                                             const Acc* partials, const int* long_begin) {
+    __shared__ Vec<Acc, VEC> sums_of_warps[TILE / WARP][WARP];
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
 #pragma unroll 1
-    for (int column = threadIdx.x % WARP * VEC; column < dim; column += WARP * VEC) {
-        const typename Sink::Before before = sink.before(row, column);
-        Sum sums[STREAMS];
+    for (int i = 0; i < TILE / WARP; ++i) {
+        const long long tile = static_cast<long long>(blockIdx.x) * (TILE / WARP) + i;
+        if (tile * TILE >= sorted.size) return;
+        if (long_begin[tile] < 0) continue;
+        const long long begin = tile * TILE + long_begin[tile];
+        const KEY key = sorted.keys[begin];
+        const long long length = sorted.run_end(key, begin) - begin;
+        const int num_chunks = static_cast<int>((length + TILE - 1) / TILE);
+        const typename Sink::Row row = sink.locate(key, begin);
 #pragma unroll 1
-        for (int c = 0; c < num_chunks; c += STREAMS) {
+        for (int first = 0; first < dim; first += WARP * VEC) {
+            const int column = first + lane * VEC;
+            if (column < dim) {
+                Sum sums[STREAMS_OF_WARP];
+#pragma unroll 1
+                for (int c = warp * STREAMS_OF_WARP; c < num_chunks; c += STREAMS) {
 #pragma unroll
-            for (int k = 0; k < STREAMS; ++k) {
-                if (c + k >= num_chunks) continue;
-                Acc x[VEC];
-                const long long place = c + k == 0 ? 2 * tile + 1 : 2 * (tile + c + k);
-                load(x, partials + place * dim + column);
-                sums[k].add(x);
+                    for (int k = 0; k < STREAMS_OF_WARP; ++k) {
+                        if (c + k >= num_chunks) continue;
+                        Acc x[VEC];
+                        const long long place = c + k == 0 ? 2 * tile + 1 : 2 * (tile + c + k);
+                        load(x, partials + place * dim + column);
+                        sums[k].add(x);
+                    }
+                }
+#pragma unroll
+                for (int width = STREAMS_OF_WARP / 2; width > 0; width /= 2) {
+#pragma unroll
+                    for (int k = 0; k < width; ++k) sums[k].add(sums[k + width].value);
+                }
+#pragma unroll
+                for (int k = 0; k < VEC; ++k) sums_of_warps[warp][lane].x[k] = sums[0].value[k];
             }
-        }
+            __syncthreads();
+            if (warp == 0 && column < dim) {
+                const typename Sink::Before before = sink.before(row, column);
+                Sum total;
 #pragma unroll
-        for (int width = STREAMS / 2; width > 0; width /= 2) {
-#pragma unroll
-            for (int k = 0; k < width; ++k) sums[k].add(sums[k + width].value);
+                for (int w = 0; w < TILE / WARP; ++w) total.add(sums_of_warps[w][lane].x);
+                sink(row, column, before, total.value, length);
+            }
+            __syncthreads();  // the sums are read before the next ones are written
         }
-        sink(row, column, before, sums[0].value, length);
     }
 }
 
@@ -377,12 +413,12 @@ extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, lo
               partials, long_begin);
 }
 
-// Updates the rows of long runs. Grid: a block of TILE threads per TILE / WARP tiles.
+// Updates the rows of long runs. Grid: one block of TILE threads per TILE / WARP tiles.
 extern "C" __global__ void __launch_bounds__(TILE, 4)
     finish(SORTED_ARGS, const Table* tables, long long num_tables, const Scalars<Acc>* scalars,
            long long dim, const Acc* partials, const int* long_begin) {
-    finish_tile(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(dim), partials,
-                long_begin);
+    finish_tiles(SORTED, Updating{tables, num_tables, scalars, dim}, static_cast<int>(dim),
+                 partials, long_begin);
 }
 
 // As `update` and `finish`, with the sums for a result.
@@ -396,6 +432,6 @@ extern "C" __global__ void OCCUPANCY coalesce(SORTED_ARGS, GRAD* values, const l
 extern "C" __global__ void __launch_bounds__(TILE, 4)
     coalesce_finish(SORTED_ARGS, GRAD* values, const long long* ranks, double scale, long long mean,
                     long long dim, const Acc* partials, const int* long_begin) {
-    finish_tile(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(dim),
-                partials, long_begin);
+    finish_tiles(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(dim),
+                 partials, long_begin);
 }

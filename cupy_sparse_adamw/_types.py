@@ -49,6 +49,7 @@ class Slot:
         self._slabs: list[torch.Tensor] = []  # each [k * block_size, D], contiguous
         self._held = 0  # rows of all slabs
         self._addresses: np.ndarray | None = None
+        self._addresses_at = 0
         self._block_table: torch.Tensor | None = None
 
     @classmethod
@@ -108,7 +109,14 @@ class Slot:
                 for slab in self._slabs
             ]
             self._addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
+            self._addresses_at = self._addresses.ctypes.data  # asked for at every step: it is slow
         return self._addresses
+
+    def addresses_at(self) -> int:
+        """Where ``addresses`` begins in memory. Kept as long."""
+        if self._addresses is None:
+            self.addresses()
+        return self._addresses_at
 
     def has_block_table(self) -> bool:
         """Whether ``block_table`` is there, so that asking for it copies nothing."""
@@ -174,11 +182,18 @@ class RowIndex:
 class PendingGrad(NamedTuple):
     """Gradients as backward left them: not reduced, not copied.
 
-    ``rows`` [N] int64 may repeat; ``grad`` [N, D] may have any strides.
+    ``indices`` int64, contiguous, are the rows: [N], or [1, N] as sparse tensors have them (a view
+    of another shape costs more than all else that a step asks of a small table). They may repeat.
+    ``grad`` [N, D] may have any strides.
     """
 
-    rows: torch.Tensor
+    indices: torch.Tensor
     grad: torch.Tensor
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The indices as [N]."""
+        return self.indices.view(-1)
 
 
 class Hyperparams(NamedTuple):
@@ -194,7 +209,7 @@ class Hyperparams(NamedTuple):
     weight_decay: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Pending:
     """What one table brings to a step before anything is written.
 
@@ -210,6 +225,8 @@ class Pending:
         row_count: [1] int64 on the table's device: R, where ``num_rows`` is only a bound on it.
         fault: [2] int64 on the table's device (flag, row), where an engine that cannot raise at
             once notes a row out of range; None if nobody will ask.
+        coalesced: the rows of the only piece are distinct and ascend, so that an engine need not
+            sort. Whoever sets it vouches for it: torch's ``is_coalesced()`` does.
     """
 
     name: str
@@ -221,13 +238,14 @@ class Pending:
     mean: bool = False
     row_count: torch.Tensor | None = None
     fault: torch.Tensor | None = None
+    coalesced: bool = False
 
     def count_rows(self) -> int:
         """R itself. Waits for the device where only it knows."""
         return self.num_rows if self.row_count is None else int(self.row_count)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Update:
     """One table's part of ``sparse_adamw_``: its gradients, its moments and this step's scalars.
 

@@ -108,8 +108,8 @@ def segment(pending: Sequence[Pending]) -> Segments:
     """
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, table in enumerate(pending):
-        param, grad_dtype = table.param, table.pieces[0].grad.dtype
-        groups[param.device, param.dtype, grad_dtype, param.dim].append(number)
+        param = table.param
+        groups[param.device, param.dtype, table.pieces[0].grad.dtype, param.dim].append(number)
     result = []
     for (device, *_), numbers in groups.items():
         engine = _engine(device)

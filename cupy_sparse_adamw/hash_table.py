@@ -440,8 +440,11 @@ class HashTable(torch.nn.Module, Table):
         """The table itself."""
         return self
 
-    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
+    def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
+        return self._moments()
+
+    def _moments(self) -> tuple[Slot, Slot]:
         slots = self._store.slots
         if EXP_AVG not in slots:
             slots[EXP_AVG], slots[EXP_AVG_SQ] = self._store.new_moments()
@@ -455,7 +458,7 @@ class HashTable(torch.nn.Module, Table):
     def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """Moments by id; see ``Table.export_moments``."""
         rows = self._store.rows()
-        first, second = self.moments(self._label, state)
+        first, second = self._moments()
         return {
             "exp_avg": functional.gather(first, rows),
             "exp_avg_sq": functional.gather(second, rows),

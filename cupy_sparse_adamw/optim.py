@@ -11,7 +11,7 @@ import torch
 from . import functional
 from ._checks import lr_error, require_betas, require_hyperparams, require_int, row_error
 from ._types import Hyperparams, Pending, RowReport, Update
-from .tables import Table, as_table, claim, require_owned
+from .tables import Table, as_table, claim, num_claims, require_owned
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -40,6 +40,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._grad_accum_steps = 1
         self._accumulated = 0  # micro-batches since the last update
         self._reports: list[RowReport] = []  # of updates whose rows are still being checked
+        self._listed: tuple[Any, list[tuple[dict[str, Any], str, Table]]] | None = None
         super().__init__([{"params": param_dict}], defaults)
 
     # ------------------------------------------------------------------ tables and groups
@@ -91,6 +92,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _require_new_tables(self, params: Mapping[str, Any]) -> dict[str, Table]:
         """The tables of a dict, none of which is known yet by name or identity."""
+        self._listed = None
         held = {id(key) for group in self.param_groups for key in group["params"]}
         for name, table in list(self._tables.items()):
             if id(table.key) not in held:  # its group was removed by hand
@@ -118,13 +120,21 @@ class SparseOptimizer(torch.optim.Optimizer):
             claim(table, self)
         self._tables.update(tables)
 
-    def _named_tables(self) -> Iterator[tuple[dict[str, Any], str, Table]]:
+    def _named_tables(self) -> list[tuple[dict[str, Any], str, Table]]:
         """(group, name, table) of every table, in the order of the groups.
 
         Raises:
             RuntimeError: another optimizer has taken a table over, or ``param_groups`` was changed
                 by hand so that a table is unknown or met twice.
         """
+        # What the list depends on. It keeps what has these ids, so that nothing new can.
+        held = [[id(group), *map(id, group["params"])] for group in self.param_groups]
+        seen = num_claims(), held
+        if self._listed is None or self._listed[0] != seen:
+            self._listed = seen, list(self._list_tables())
+        return self._listed[1]
+
+    def _list_tables(self) -> Iterator[tuple[dict[str, Any], str, Table]]:
         by_key = {id(table.key): (name, table) for name, table in self._tables.items()}
         for group in self.param_groups:
             for key in group["params"]:
@@ -201,19 +211,27 @@ class SparseOptimizer(torch.optim.Optimizer):
                 tables.append(table)
                 grads.append(pending)
                 hypers.append(settings[id(group)])
-        if any(functional.is_capturing(device) for device in {table.device for table in tables}):
+        if any(
+            functional.is_capturing(device)
+            for device in {pending.param.device for pending in grads}
+        ):
             self._require_capturable(tables, grads, hypers)
         if not last:
             self._accumulated += 1
             return
+        states = []
         for table, pending in zip(tables, grads, strict=True):
-            pending.fault = self._state_on_device(table)["row_fault"]
-        segments = functional.segment(grads)
-        updates = []
-        for table, pending, hyper in zip(tables, grads, hypers, strict=True):
             state = self.state[table.key]
-            moments = table.moments(pending.name, state)
-            updates.append(Update(pending, *moments, state["step"], hyper))
+            step = state.get("step")
+            if step is None or step.device != pending.param.device:
+                self._put_on_device(state, pending.param.device)
+            pending.fault = state["row_fault"]
+            states.append(state)
+        segments = functional.segment(grads)
+        updates = [
+            Update(pending, *table.moments(pending, state), state["step"], hyper)
+            for table, pending, state, hyper in zip(tables, grads, states, hypers, strict=True)
+        ]
         self._reports += self._apply_updates(updates, segments)
         self._accumulated = 0
 
@@ -223,21 +241,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         """The update rule: writes weights and moments of the rows in ``segments``."""
         raise NotImplementedError
 
-    def _state_on_device(self, table: Table, t: int = 0) -> dict[str, Any]:
-        """The state of a table, with "step" and "row_fault" beside its rows; new ones begin at t.
+    @staticmethod
+    def _put_on_device(state: dict[str, Any], device: torch.device, t: int = 0) -> None:
+        """Have "step" and "row_fault" of a table's state beside its rows; new ones begin at t.
 
         "step" [] int64 is the number of updates, "row_fault" [2] int64 see ``Pending.fault``.
         """
-        state: dict[str, Any] = self.state[table.key]
-        if "step" not in state:
-            with torch.inference_mode(False):  # they outlive the mode that they appear in
-                state["step"] = torch.full((), t, dtype=torch.int64, device=table.device)
-                state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=table.device)
-        elif state["step"].device != table.device:  # a HashTable was moved
-            with torch.inference_mode(False):
+        with torch.inference_mode(False):  # they outlive the mode that they appear in
+            if "step" not in state:
+                state["step"] = torch.full((), t, dtype=torch.int64, device=device)
+                state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=device)
+            else:  # a HashTable was moved
                 for key in ("step", "row_fault"):
-                    state[key] = state[key].to(table.device)
-        return state
+                    state[key] = state[key].to(device)
 
     def _require_capturable(
         self, tables: list[Table], grads: list[Pending], hypers: list[Hyperparams]
@@ -394,7 +410,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._reports.clear()
         for name, table in self._tables.items():
             built = moments.get(name)
-            state = self._state_on_device(table, counts[name]) if built else {}
+            state: dict[str, Any] = {}
+            if built:
+                state = self.state[table.key]
+                self._put_on_device(state, table.device, counts[name])
             table.install_moments(state, built)
             if accumulated:
                 table.install_pending(grads[name])
@@ -459,6 +478,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         grads = state.pop("_grads", {})
         super().__setstate__(state)
         self._reports = []  # what they would say is in the state as well
+        self._listed = None
         for name, saved in grads.items():
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():

@@ -123,8 +123,9 @@ class RowStore:
             for numbered in (bound.at_most, bound.copied, bound.exactly):
                 if self._has_room(numbered() + count):
                     return self._insert(ids, count)
-            rows = self.find(ids)
-            distinct = ids[rows == MISSING].unique().numel()  # so that duplicates take no memory
+            rows, distinct = self.find(ids), 0
+            if int(rows.min()) == MISSING:
+                distinct = ids[rows == MISSING].unique().numel()  # duplicates take no memory
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
             self.reserve(bound.at_most() + distinct + spare)
             return self._insert(ids, distinct) if distinct else rows

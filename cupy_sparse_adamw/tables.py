@@ -20,13 +20,15 @@ ACCEPTED = (
 
 #: The optimizer that owns a table, by the table's key: id(key) -> weak reference.
 _owners = WeakIdKeyDictionary()
+_claims = 0
 
 
 class Table:
     """One matrix of rows that an optimizer updates.
 
     Methods that take ``state`` get the optimizer's state of this table, a dict that they may
-    fill; methods that take ``name`` use it in error texts only.
+    fill; methods that take ``name`` use it in error texts only. What a step asks is asked of
+    hundreds of tables.
     """
 
     #: Whether torch.amp.GradScaler can unscale the gradients, as it does those in ``.grad``.
@@ -55,8 +57,8 @@ class Table:
         """
         raise NotImplementedError
 
-    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
-        """exp_avg and exp_avg_sq, as zeros if there are none yet."""
+    def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
+        """exp_avg and exp_avg_sq of the weights in ``pending``, as zeros if there are none yet."""
         raise NotImplementedError
 
     def drop_moments(self) -> None:
@@ -95,6 +97,43 @@ class Table:
         raise NotImplementedError
 
 
+class _Over:
+    """A slot over a tensor [R, D], good while ``is_over``."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.slot = Slot.over(name, tensor.detach())
+        # The address that kernels use: a storage may be moved in place (share_memory_).
+        self._address, self._dtype, self._shape = tensor.data_ptr(), tensor.dtype, tensor.shape
+
+    def is_over(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory, dtype and shape are what they were."""
+        return (
+            tensor.data_ptr() == self._address
+            and tensor.dtype is self._dtype
+            and tensor.shape == self._shape
+        )
+
+
+class _Moments:
+    """The slots over the moments of the weights in slot ``param``, good while ``are_in``."""
+
+    def __init__(self, param: Slot, state: dict[str, Any]) -> None:
+        self.param = param
+        self._exp_avg = _Over("exp_avg", state["exp_avg"])
+        self._exp_avg_sq = _Over("exp_avg_sq", state["exp_avg_sq"])
+        self.slots = self._exp_avg.slot, self._exp_avg_sq.slot
+
+    def are_in(self, state: dict[str, Any]) -> bool:
+        """Whether the moments in an optimizer's state are still these."""
+        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+        return (
+            first is not None
+            and second is not None
+            and self._exp_avg.is_over(first)
+            and self._exp_avg_sq.is_over(second)
+        )
+
+
 class EmbeddingTable(Table):
     """The weight of a ``torch.nn.Embedding`` or ``EmbeddingBag`` with sparse gradients.
 
@@ -114,10 +153,11 @@ class EmbeddingTable(Table):
         _checks.require_table_dtype(name, weight.dtype)
         _require_contiguous(name, weight)
         self.weight = weight
-        self._slots: dict[str, tuple[Any, Slot]] = {}  # and the memory that each is over
+        self._param: _Over | None = None
+        self._moments: _Moments | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slots": {}}
+        return {**self.__dict__, "_param": None, "_moments": None}
 
     @property
     def key(self) -> Any:
@@ -132,44 +172,52 @@ class EmbeddingTable(Table):
     def __len__(self) -> int:
         return self.weight.shape[0]
 
-    def _slot(self, name: str, tensor: torch.Tensor) -> Slot:
-        """The slot over a tensor [R, D], kept while the tensor's memory and dtype stay."""
-        # The address that kernels use: a storage may be moved in place (share_memory_).
-        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape)
-        held, slot = self._slots.get(name, (None, None))
-        if slot is None or held != memory:
-            slot = Slot.over(name, tensor.detach())
-            self._slots[name] = memory, slot
-        return slot
-
     def pending(self, name: str) -> Pending | None:
         """The gradients in ``weight.grad``; see ``Table.pending``."""
-        grad = self.weight.grad
+        weight = self.weight
+        grad, shape = weight.grad, weight.shape
         if grad is None:
             return None
-        if grad.layout != torch.sparse_coo:
+        if grad.layout is not torch.sparse_coo:
             raise RuntimeError(
                 f"table {name!r}: its gradient is dense; create the embedding with sparse=True, or "
                 f"give this parameter to torch.optim.AdamW"
             )
-        if grad.shape != self.weight.shape or grad.sparse_dim() != 1:
+        values = grad._values()  # not differentiable, nor are _indices
+        if grad.shape != shape or values.dim() != 2:
             raise ValueError(
                 f"table {name!r}: its gradient must be sparse over rows with shape "
-                f"{list(self.weight.shape)}, got shape {list(grad.shape)} with "
+                f"{list(shape)}, got shape {list(grad.shape)} with "
                 f"{grad.sparse_dim()} sparse dimensions"
             )
-        _require_contiguous(name, self.weight)
-        values = grad._values().detach()
-        _checks.require_dtype(name, "its gradient", values, (self.weight.dtype,))
-        piece = PendingGrad(grad._indices()[0].contiguous(), values)
-        return Pending(name, self._slot("embedding", self.weight), self.weight.shape[0], [piece])
+        if not weight.is_contiguous():
+            _require_contiguous(name, weight)
+        if values.dtype is not weight.dtype:
+            _checks.require_dtype(name, "its gradient", values, (weight.dtype,))
+        indices = grad._indices()
+        if not indices.is_contiguous():
+            indices = indices.contiguous()
+        held = self._param
+        if held is None or not held.is_over(weight):
+            held = self._param = _Over("embedding", weight)
+        piece = PendingGrad(indices, values)
+        coalesced = grad.is_coalesced()
+        return Pending(name, held.slot, shape[0], [piece], coalesced=coalesced)
 
-    def moments(self, name: str, state: dict[str, Any]) -> tuple[Slot, Slot]:
+    def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The moments in the optimizer's state, as in torch: ``exp_avg`` and ``exp_avg_sq`` [R, D].
 
         Raises:
             RuntimeError: the weight was moved, converted or resized after the first step.
         """
+        held = self._moments
+        if held is None or held.param is not pending.param or not held.are_in(state):
+            self._require_moments(pending.name, state)
+            held = self._moments = _Moments(pending.param, state)
+        return held.slots
+
+    def _require_moments(self, name: str, state: dict[str, Any]) -> None:
+        """Moments that fit the weight; zeros where there are none."""
         weight = self.weight
         dtype = MOMENT_DTYPE[weight.dtype]
         for key in ("exp_avg", "exp_avg_sq"):
@@ -183,9 +231,6 @@ class EmbeddingTable(Table):
                     f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
                     f"before it is trained, or make a new optimizer"
                 )
-        return self._slot("exp_avg", state["exp_avg"]), self._slot(
-            "exp_avg_sq", state["exp_avg_sq"]
-        )
 
     def clear_pending(self, set_to_none: bool = True) -> None:
         """Drop ``weight.grad``, or make it a zero without entries, as torch does."""
@@ -361,7 +406,14 @@ def as_table(name: str, value: Any) -> Table:
 
 def claim(table: Table, optimizer: object) -> None:
     """Make ``optimizer`` the owner of a table; a former owner's next step raises."""
+    global _claims
     _owners[table.key] = weakref.ref(optimizer)
+    _claims += 1
+
+
+def num_claims() -> int:
+    """How often a table has been claimed: while this stays, every table's owner does."""
+    return _claims
 
 
 def require_owned(name: str, table: Table, optimizer: object) -> None:

@@ -56,6 +56,24 @@ def test_launches_do_not_count_tables(count):
     ]
 
 
+def test_what_a_step_costs_the_host_does_not_count_tables(monkeypatch):
+    """No tensor is exchanged, which takes microseconds; two uploads tell of all tables."""
+    optimizer, embeddings = tables_of_one_kind(7)
+    sum(e(torch.tensor([1, 3, 1])).sum() for e in embeddings).backward()
+    optimizer.step()
+    calls = []
+    for name in ("array_of", "to_device"):
+        right = getattr(emulator.interop, name)
+
+        def counted(*args, right=right, name=name):
+            calls.append(name)
+            return right(*args)
+
+        monkeypatch.setattr(emulator.interop, name, counted)
+    optimizer.step()
+    assert calls == ["to_device", "to_device"]
+
+
 def test_each_of_many_tables_is_updated():
     """More tables than threads in a block, each with a count of steps of its own."""
     size = 300
@@ -371,6 +389,25 @@ def test_a_captured_step_with_many_tables_holds_its_own_descriptors():
     for e, before in zip(embeddings, weights, strict=True):
         changed = (e.weight != before).any(1)
         assert changed.tolist() == [i in (1, 3) for i in range(before.shape[0])]
+
+
+def test_replays_of_a_step_that_does_not_sort(monkeypatch):
+    """Which rows ascend was known at the capture; a replay reads the rows anew."""
+    tables = [Table(torch.ones(6, 4)) for _ in range(2)]
+    rows, grads = torch.tensor([0, 2, 5]), torch.randn(3, 4)
+    pending = [t.pending((rows.clone(), grads), coalesced=True) for t in tables]
+    for table, of_table in zip(tables, pending, strict=True):
+        step([table], [of_table])
+    monkeypatch.setattr(torch, "sort", None)
+    with emulator.capture() as graph:
+        step(tables[:1], pending[:1])
+    for new in ([0, 2, 5], [1, 2, 3]):
+        for of_table in pending:
+            of_table.pieces[0].rows.copy_(torch.tensor(new))
+        graph.replay()
+        step(tables[1:], pending[1:])
+    for x, y in zip(tables[0].values(), tables[1].values(), strict=True):
+        assert torch.equal(bits(x), bits(y))
 
 
 def test_replays_report_rows_out_of_range():

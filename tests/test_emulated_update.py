@@ -174,9 +174,17 @@ def test_random_runs():
         integer_sums(lengths, dim=1 + 3 * (case % 2))
 
 
-def test_eight_streams_of_chunks():
-    """More chunks than streams, so that each stream adds several; all chunks differ."""
-    integer_sums([3, 19 * TILE + 11, 8 * TILE, 9 * TILE, 16 * TILE])
+def test_streams_of_chunks():
+    """More chunks than the 32 streams, so that each adds several; all chunks differ."""
+    integer_sums([3, 67 * TILE + 11, 8 * TILE, 9 * TILE, 32 * TILE, 33 * TILE])
+
+
+@pytest.mark.parametrize("dim", [40, 132])
+def test_long_runs_of_wide_rows(dim):
+    """More columns than a warp takes at a time, and chunks for a second warp."""
+    for seed in SEEDS:
+        with emulator.using(seed=seed):
+            integer_sums([5, 11 * TILE, 0, 2 * TILE + 1], dim)
 
 
 @pytest.mark.parametrize("length", [TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 8 * TILE + 1])
@@ -189,6 +197,90 @@ def test_the_last_run_ends_with_the_gradients(length, mean):
         _, values = functional.coalesce(table.pending((rows, grads), drop_missing=True, mean=mean))
         total = grads[:length].sum(0, keepdim=True)
         assert torch.equal(values, total / length if mean else total)
+
+
+def coalesced_group(dtype, dim, coalesced):
+    """Three tables, each with one gradient of rows that ascend: the tables, and what is pending.
+
+    As many rows as a few tiles hold, none, and so many that a tile has those of two tables.
+    """
+    torch.manual_seed(dim)
+    tables, pending = [], []
+    for size, count in ((900, 3 * TILE + 7), (5, 0), (400, 150)):
+        table = Table(torch.randn(size, dim).to(dtype), 64)
+        rows = torch.randperm(size)[:count].sort().values
+        grads = torch.randn(count, dim).to(dtype)
+        tables.append(table)
+        pending.append(table.pending((rows, grads), coalesced=coalesced, grad_scale=0.5))
+    return tables, pending
+
+
+@pytest.mark.parametrize("dim", [1, 4, 33])
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_coalesced_gradients_are_not_sorted(dtype, dim, monkeypatch):
+    """The same bits as if they were, in every order of threads."""
+    expected, pending = coalesced_group(dtype, dim, coalesced=False)
+    step(expected, pending)
+    monkeypatch.setattr(torch, "sort", None)
+    for seed in SEEDS:
+        with emulator.using(seed=seed):
+            tables, pending = coalesced_group(dtype, dim, coalesced=True)
+            step(tables, pending)
+        for ours, theirs in zip(tables, expected, strict=True):
+            for x, y in zip(ours.values(), theirs.values(), strict=True):
+                assert torch.equal(bits(x), bits(y))
+
+
+def test_sums_of_coalesced_gradients():
+    _, (first, *_) = coalesced_group(F32, 4, coalesced=True)
+    rows, values = functional.coalesce(first)
+    assert torch.equal(rows, first.pieces[0].rows)
+    assert torch.equal(values, first.pieces[0].grad * 0.5)
+
+
+@pytest.mark.parametrize("bad", [[], [-3], [-1, 3], [5], [5, 9], [-7, -2, 5, 2**40]], ids=str)
+def test_coalesced_rows_out_of_range_part_nothing(bad):
+    """The key of a dropped gradient is greater than all, and stands between others here."""
+    rows = torch.tensor([r for r in bad if r < 0] + [0, 2, 4] + [r for r in bad if r >= 5])
+    if 3 in bad:
+        rows = torch.tensor([-1, 0, 2, 3, 4])
+    grads = torch.randn(rows.numel(), 3)
+    tables = [Table(torch.ones(5, 3)) for _ in range(3)]
+    oracles = [Oracle(table.values()[0]) for table in tables]
+    pending = [
+        table.pending((rows, grads), coalesced=True, name=f"t{i}") for i, table in enumerate(tables)
+    ]
+    if any(not 0 <= r < 5 for r in rows.tolist()):
+        with pytest.raises(IndexError, match="table 't0': a gradient names row"):
+            step(tables, pending)
+    else:
+        step(tables, pending)
+    kept = (rows >= 0) & (rows < 5)
+    for table, oracle in zip(tables, oracles, strict=True):
+        oracle.step(rows[kept], grads[kept])
+        for x, exact in zip(
+            table.values(), (oracle.param, oracle.exp_avg, oracle.exp_avg_sq), strict=True
+        ):
+            assert relative_error(x, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("case", ["two pieces", "a table that is not"])
+def test_what_is_not_all_coalesced_is_sorted(case):
+    rows, grads = torch.tensor([0, 2, 4]), torch.randn(3, 2)
+    tables = [Table(torch.ones(5, 2)) for _ in range(2)]
+    first = [(rows, grads)] * (2 if case == "two pieces" else 1)
+    pending = [
+        tables[0].pending(*first, coalesced=True),
+        tables[1].pending((rows.flip(0), grads), coalesced=case == "two pieces"),
+    ]
+    if case == "two pieces":
+        pending[1] = tables[1].pending((rows, grads.flip(0)), coalesced=True)
+    oracles = [Oracle(table.values()[0]) for table in tables]
+    step(tables, pending)
+    oracles[0].step(rows.repeat(len(first)), grads.repeat(len(first), 1))
+    oracles[1].step(rows.flip(0), grads)
+    for table, oracle in zip(tables, oracles, strict=True):
+        assert relative_error(table.values()[0], oracle.param) <= 2e-6
 
 
 @pytest.mark.parametrize("junk", [0, 1, TILE - 1, -1])

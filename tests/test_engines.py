@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import copy
 import inspect
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -64,6 +66,11 @@ def test_kernels_write_where_torch_reads():
     weight = torch.zeros(6, 2)
     slot = Slot.over("embedding", weight)
     assert slot.addresses().tolist() == [weight.data_ptr()]
+    for rows in (6, 7, 40):
+        slot.reserve(rows)  # grows
+        for each in (slot, copy.deepcopy(slot)):
+            assert each.addresses_at() == each.addresses().ctypes.data
+            assert each.addresses().tolist() == [block.data_ptr() for block in each.values()]
     with functional.use_engine("cpu"):
         functional.scatter_(slot, torch.tensor([4]), torch.tensor([[1.0, 2.0]]))
     assert weight[4].tolist() == [1.0, 2.0]
@@ -216,33 +223,67 @@ def test_parallel_for_ends_only_when_all_parts_have(monkeypatch):
     """Parts write to memory that the caller frees: neither Ctrl-C nor an error may leave early."""
     from cupy_sparse_adamw.engines.cpu import _threads
 
-    ended = []
+    interrupts = []
 
-    def part(number, begin, end, fail):
-        if number == 0 and fail:
-            raise ValueError("the first part fails")
-        time.sleep(0.3)
+    class Interrupted(queue.SimpleQueue):
+        def get(self):
+            if interrupts:
+                raise interrupts.pop()
+            return super().get()
+
+    def part(number, begin, end, ended, helping, failing):
+        if threading.current_thread() is threading.main_thread():
+            assert helping.wait(60)
+            if failing == "caller":
+                raise ValueError("the caller's part fails")
+        else:
+            helping.set()
+            time.sleep(0.3)
+            if failing == "helper":
+                raise ValueError("the helper's part fails")
         ended.append(number)
-        return number
+        return 10 + number
 
-    real_wait, interrupts = concurrent.futures.wait, [KeyboardInterrupt, KeyboardInterrupt]
+    def run(failing=None):
+        ended = []
+        try:
+            return ended, _threads.parallel_for(part, 2, 2, ended, threading.Event(), failing)
+        except BaseException as error:
+            return ended, error
 
-    def interrupted_wait(futures):
-        if interrupts:
-            raise interrupts.pop()
-        return real_wait(futures)
-
-    assert _threads.parallel_for(part, 2, 2, False) == [0, 1]
-    ended.clear()
-    with pytest.raises(ValueError, match="first part fails"):
-        _threads.parallel_for(part, 2, 2, True)
-    assert ended == [1]
-    ended.clear()
-    monkeypatch.setattr(concurrent.futures, "wait", interrupted_wait)
-    with pytest.raises(KeyboardInterrupt):
-        _threads.parallel_for(part, 2, 2, False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert run()[1] == [10, 11]
+    monkeypatch.setattr(_threads.queue, "SimpleQueue", Interrupted)
+    ended, error = run("caller")
+    assert "the caller's part fails" in str(error)
+    assert len(ended) == 1  # the helper's
+    ended, error = run("helper")
+    assert "the helper's part fails" in str(error)
+    assert len(ended) == 1  # the caller's
+    interrupts += [KeyboardInterrupt, KeyboardInterrupt]
+    ended, error = run()
+    assert isinstance(error, KeyboardInterrupt)
     assert sorted(ended) == [0, 1]
     assert not interrupts
+
+
+def test_a_helper_that_comes_late_finds_nothing_to_do():
+    from cupy_sparse_adamw.engines.cpu import _threads
+
+    calls = []
+
+    def part(number, begin, end, memory):
+        calls.append((number, begin, end))
+        return number
+
+    memory = torch.empty(1)
+    job = _threads._Job(part, [0, 3, 7], (memory,))
+    held = weakref.ref(memory)
+    assert job.run() == [0, 1]
+    job.help()
+    assert calls == [(0, 0, 3), (1, 3, 7)]
+    del memory
+    assert held() is None, "a job in the queue keeps what its kernel worked on"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

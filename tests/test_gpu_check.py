@@ -14,7 +14,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_check
-from gpu_check import ROOT, CheckFailed, NotRun
+import gpu_harness
+import gpu_sanitizer
+from gpu_harness import ROOT, CheckFailed, NotRun
 
 JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites name="pytest tests"><testsuite name="pytest" errors="1" failures="1" tests="6">
@@ -85,7 +87,7 @@ def lacks():
 def test_a_failing_part_stops_no_other(tmp_path, capsys):
     output = tmp_path / "report.json"
     parts = {"a": fails, "b": breaks, "c": lacks, "d": passes}
-    report = gpu_check.run_parts(parts, output)
+    report = gpu_harness.run_parts(parts, output)
     assert json.loads(output.read_text()) == report
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert set(report) == {"date", "result", "parts"}
@@ -111,7 +113,7 @@ def test_a_run_that_is_cut_short_leaves_what_it_found(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run_parts({"a": passes, "b": interrupted}, output)
+        gpu_harness.run_parts({"a": passes, "b": interrupted}, output)
     report = json.loads(output.read_text())
     assert report["result"] == "incomplete"
     assert list(report["parts"]) == ["a"]
@@ -121,7 +123,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     output = tmp_path / "report.json"
     output.write_text("old")
     with pytest.raises(TypeError):
-        gpu_check.write_json(output, {"figure": object()})
+        gpu_harness.write_json(output, {"figure": object()})
     assert output.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -147,7 +149,7 @@ def test_a_part_answers_through_a_file(monkeypatch, tmp_path):
 
     def ask(name):
         assert gpu_check.main(["--part", name, "--output", str(answer)]) == 0
-        return gpu_check.read_answer(answer)
+        return gpu_harness.read_answer(answer)
 
     assert ask("passes") == {"speed": 3}
     with pytest.raises(CheckFailed, match="7 is not 8") as failed:
@@ -160,17 +162,17 @@ def test_a_part_answers_through_a_file(monkeypatch, tmp_path):
 def test_a_part_without_an_answer_has_failed(monkeypatch):
     """Here the process finds no GPU, says so and ends."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    part = gpu_check.in_a_process("environment")
+    part = gpu_harness.in_a_process(gpu_check.__file__, "environment", 60)
     with pytest.raises(CheckFailed, match=r"ended with status 2: gpu-check: torch"):
         part()
 
 
 def test_commands_see_the_package_and_end_in_time():
     code = "import sys, cupy_sparse_adamw; print('out'); sys.exit(3)"
-    assert gpu_check.run_command([sys.executable, "-c", code], 60) == (3, "out\n")
+    assert gpu_harness.run_command([sys.executable, "-c", code], 60) == (3, "out\n")
     slow = "import subprocess, sys; print('began', flush=True); subprocess.run(['sleep', '60'])"
     begin = time.perf_counter()
-    status, output = gpu_check.run_command([sys.executable, "-c", slow], 2)
+    status, output = gpu_harness.run_command([sys.executable, "-c", slow], 2)
     assert (status, output) == (None, "began\n")
     assert time.perf_counter() - begin < 30
 
@@ -191,9 +193,9 @@ def answered(status, output, junit=None):
         for argument in command:
             if junit and argument.startswith("--junitxml="):
                 Path(argument.removeprefix("--junitxml=")).write_text(junit)
-        if "--part" in command and status in (0, gpu_check.FOUND):
+        if "--part" in command and status in (0, gpu_sanitizer.FOUND):
             answer = {"figures": {"rows": 5}}
-            gpu_check.write_json(Path(command[command.index("--output") + 1]), answer)
+            gpu_harness.write_json(Path(command[command.index("--output") + 1]), answer)
         return status, output
 
     return run
@@ -215,8 +217,8 @@ def test_a_test_run_that_shows_nothing_fails(monkeypatch, status, junit, complai
 
 
 def test_a_sanitizer_that_is_not_there_is_not_run(monkeypatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **kwargs: None)
-    assert gpu_check.run_part(gpu_check.PARTS["racecheck"]).result == "not run"
+    monkeypatch.setattr(gpu_sanitizer.shutil, "which", lambda *args, **kwargs: None)
+    assert gpu_harness.run_part(gpu_check.PARTS["racecheck"]).result == "not run"
 
 
 SUMMARY = "========= ERROR SUMMARY: 0 errors"
@@ -237,23 +239,23 @@ WRITE = "========= Invalid __global__ write of size 4 bytes"
         ("memcheck", 0, "", "ended with status 0"),  # the tool itself did not work
         ("memcheck", 1, "Device not supported", "did not run, status 1: Device not supported"),
         ("memcheck", None, "", "no end after"),
-        ("memcheck", gpu_check.FOUND, WRITE, "Invalid __global__ write"),
-        ("memcheck", gpu_check.FOUND, TORCHS, "sortKeyValueInplace"),
+        ("memcheck", gpu_sanitizer.FOUND, WRITE, "Invalid __global__ write"),
+        ("memcheck", gpu_sanitizer.FOUND, TORCHS, "sortKeyValueInplace"),
         ("synccheck", 0, SUMMARY, None),
-        ("synccheck", gpu_check.FOUND, TORCHS, "sortKeyValueInplace"),
-        ("racecheck", gpu_check.FOUND, TORCHS, None),
-        ("racecheck", gpu_check.FOUND, OURS, "at update+0x2a0"),
-        ("racecheck", gpu_check.FOUND, NO_KERNEL, "ERROR SUMMARY: 1 error"),
-        ("initcheck", gpu_check.FOUND, TORCHS, None),
-        ("initcheck", gpu_check.FOUND, NO_KERNEL, None),
-        ("initcheck", gpu_check.FOUND, OURS, "at update+0x2a0"),
-        ("initcheck", gpu_check.FOUND, "", "ended with status"),
+        ("synccheck", gpu_sanitizer.FOUND, TORCHS, "sortKeyValueInplace"),
+        ("racecheck", gpu_sanitizer.FOUND, TORCHS, None),
+        ("racecheck", gpu_sanitizer.FOUND, OURS, "at update+0x2a0"),
+        ("racecheck", gpu_sanitizer.FOUND, NO_KERNEL, "ERROR SUMMARY: 1 error"),
+        ("initcheck", gpu_sanitizer.FOUND, TORCHS, None),
+        ("initcheck", gpu_sanitizer.FOUND, NO_KERNEL, None),
+        ("initcheck", gpu_sanitizer.FOUND, OURS, "at update+0x2a0"),
+        ("initcheck", gpu_sanitizer.FOUND, "", "ended with status"),
     ],
 )
 def test_what_a_sanitizer_says(monkeypatch, tool, status, output, complaint):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **kwargs: "/sanitizer")
-    monkeypatch.setattr(gpu_check, "run_command", answered(status, output))
-    outcome = gpu_check.run_part(gpu_check.PARTS[tool])
+    monkeypatch.setattr(gpu_sanitizer.shutil, "which", lambda *args, **kwargs: "/sanitizer")
+    monkeypatch.setattr(gpu_sanitizer, "run_command", answered(status, output))
+    outcome = gpu_harness.run_part(gpu_check.PARTS[tool])
     assert outcome.figures["said"] == output.splitlines() * output.startswith("=====")
     if complaint is None:
         assert outcome.result == "passed", outcome.error
@@ -292,16 +294,16 @@ def test_what_a_sanitizer_says(monkeypatch, tool, status, output, complaint):
     ],
 )
 def test_kernels_that_a_sanitizer_names(line, kernel, is_ours):
-    found = gpu_check.kernel_of(line)
-    assert gpu_check.is_ours(found) is is_ours
+    found = gpu_sanitizer.kernel_of(line)
+    assert gpu_sanitizer.is_ours(found) is is_ours
     if kernel:
         assert found == kernel
 
 
 def test_every_kernel_of_ours_is_known():
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").iterdir()]
-    assert len(gpu_check.our_kernels()) == sum(x.count('extern "C" __global__') for x in texts)
-    assert {"update", "finish", "coalesce_finish", "make_keys_64"} <= gpu_check.our_kernels()
+    assert len(gpu_sanitizer.our_kernels()) == sum(x.count('extern "C" __global__') for x in texts)
+    assert {"update", "finish", "coalesce_finish", "make_keys_64"} <= gpu_sanitizer.our_kernels()
 
 
 def test_what_explains_the_most_comes_first():

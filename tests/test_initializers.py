@@ -222,7 +222,7 @@ def test_a_value_does_not_depend_on_the_number_of_threads():
         values = draw(cpu, NORMAL, ids, dim=17)
         torch.set_num_threads(3)
         parts = cpu._threads.num_parts(ids.numel(), cpu.random.GRAIN_ELEMENTS // 17)
-        assert parts == 3
+        assert parts >= 3
         assert torch.equal(draw(cpu, NORMAL, ids, dim=17), values)
     finally:
         torch.set_num_threads(before)

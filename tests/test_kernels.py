@@ -243,7 +243,7 @@ def narrow_accesses(ptx: str, vec: int) -> Iterator[str]:
     """
     for name, kernel in nvrtc.kernels(ptx).items():
         for (op, space, count, kind), times in accesses(kernel).items():
-            if space != "global" or count < vec:
+            if space not in ("global", "shared") or count < vec:
                 yield f"{name}: {times} × {op}.{space} of {count} {kind}"
 
 

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim import optimizer as torch_optimizer
 
 from cupy_sparse_adamw import HashTable, SparseAdamW, SparseOptimizer, filter_out_sparse_param
+from cupy_sparse_adamw.tables import as_table
 
 SIZE, DIM = 12, 3
 IDS = 17 * torch.arange(SIZE) - 40  # the id of each row of a HashTable
@@ -476,6 +477,7 @@ def test_param_groups_changed_by_hand(how):
     optimizer = SparseAdamW({"first": first, "second": second})
     for each in (first, second):
         each(torch.tensor([1])).sum().backward()
+    optimizer.step()  # what it has found out by now does not outlive the change
     before = [each.weight.detach().clone() for each in (first, second)]
     if how == "another group":
         optimizer.param_groups.append({**optimizer.param_groups[0], "params": [second.weight]})
@@ -498,3 +500,12 @@ def test_a_group_removed_by_hand_may_come_back():
     optimizer.param_groups.clear()
     optimizer.add_params(tables)
     assert optimizer.state_dict()["param_groups"][0]["params"] == ["a", "b"]
+
+
+def test_a_coalesced_gradient_says_so_to_the_engines():
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    grad = torch.sparse_coo_tensor([[3, 1, 3]], torch.ones(3, 2), (4, 2), check_invariants=True)
+    for weight.grad in (grad, grad.coalesce()):
+        pending = as_table("table", weight).pending("table")
+        assert pending is not None
+        assert pending.coalesced == weight.grad.is_coalesced()

@@ -29,6 +29,14 @@ class DeviceArray(np.ndarray):
     """Memory that kernels may use, as cupy.ndarray is; an ordinary array is the host's."""
 
 
+class DeviceAddress:
+    """A pointer, as ``address_of`` makes it; it keeps what it points to, as a graph's pool does."""
+
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self.tensor = tensor
+        self.value = np.uint64(0 if tensor is None else tensor.data_ptr())
+
+
 class RawModule:
     """Like cupy.RawModule(code=..., options=...): compiled when its first kernel is launched."""
 
@@ -136,6 +144,8 @@ def pack(name: str, kernel: _runtime.Kernel, args: Sequence[object]) -> list[byt
 def _pack(what: str, arg: object) -> tuple[str, bytes]:
     if isinstance(arg, DeviceArray):
         return "p", np.uint64(arg.ctypes.data if arg.size else 0).tobytes()
+    if isinstance(arg, DeviceAddress):
+        return "p", arg.value.tobytes()
     if isinstance(arg, bool):
         return "i", np.bool_(arg).tobytes()
     if isinstance(arg, int):
@@ -161,6 +171,15 @@ def array_of(tensor: torch.Tensor) -> DeviceArray:
     if not array.flags.writeable:
         array = tensor.numpy()
     return array.view(DeviceArray)
+
+
+def address_of(tensor: torch.Tensor | None) -> DeviceAddress:
+    """What a kernel takes for a pointer to the tensor's memory."""
+    if tensor is not None:
+        if not tensor.is_contiguous():
+            raise ValueError(f"kernels take contiguous tensors, got strides {tensor.stride()}")
+        register(tensor)
+    return DeviceAddress(tensor)
 
 
 def register(tensor: torch.Tensor) -> None:

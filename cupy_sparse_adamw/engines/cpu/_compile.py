@@ -97,6 +97,11 @@ def jit(function: F) -> F:
         return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
+def inline(function: F) -> F:
+    """Compile into each kernel that calls it. Without this every call is one through a pointer."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
 @intrinsic
 def _as_pointer(typingctx, address, tag):  # type: ignore[no-untyped-def]
     pointer = types.CPointer(tag)
@@ -118,7 +123,7 @@ def at(typingctx, address, index, tag):  # type: ignore[no-untyped-def]
     return tag(types.int64, types.int64, tag), codegen
 
 
-@numba.njit(**_OPTIONS)
+@inline
 def view(address: int, size: int, tag: Any) -> Any:
     """The ``size`` elements at ``address`` as an array of the tag's type."""
     return numba.carray(_as_pointer(address, tag), size)
@@ -133,7 +138,7 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
         function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
         pointer = builder.inttoptr(args[0], byte_pointer)
-        builder.call(function, [pointer, int32(0), int32(3), int32(1)])  # read, keep, data
+        builder.call(function, [pointer, int32(0), int32(2), int32(1)])  # read, into L2, data
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -180,7 +185,7 @@ _INFINITY = np.uint32(255 << 23)
 _HALF = np.uint32(126 << 23)
 
 
-@numba.njit(**_OPTIONS)
+@inline
 def _half_to_float(half: Any) -> Any:
     bits = (np.uint32(half) & np.uint32(0x7FFF)) << np.uint32(13)
     sign = (np.uint32(half) & np.uint32(0x8000)) << np.uint32(16)
@@ -193,7 +198,7 @@ def _half_to_float(half: Any) -> Any:
     return _float_of(np.uint32(bits | sign))
 
 
-@numba.njit(**_OPTIONS)
+@inline
 def _float_to_half(value: Any) -> Any:
     """Round to nearest, ties to even; NaN stays NaN."""
     bits = _bits_of(value)
@@ -243,7 +248,7 @@ def store(array: Any, i: int, value: Any) -> None:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(load, jit_options=_OPTIONS)
+@overload(load, jit_options={**_OPTIONS, "forceinline": True})
 def _load(array, i):  # type: ignore[no-untyped-def]
     if array.dtype == types.uint16:
         return lambda array, i: _half_to_float(array[i])
@@ -252,7 +257,7 @@ def _load(array, i):  # type: ignore[no-untyped-def]
     return lambda array, i: array[i]
 
 
-@overload(store, jit_options=_OPTIONS)
+@overload(store, jit_options={**_OPTIONS, "forceinline": True})
 def _store(array, i, value):  # type: ignore[no-untyped-def]
     if array.dtype == types.uint16:
 
@@ -278,14 +283,14 @@ def cast(value: Any, tag: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(cast, jit_options=_OPTIONS)
+@overload(cast, jit_options={**_OPTIONS, "forceinline": True})
 def _cast(value, tag):  # type: ignore[no-untyped-def]
     if tag == types.float64:
         return lambda value, tag: np.float64(value)
     return lambda value, tag: np.float32(value)
 
 
-@jit
+@inline
 def row_address(blocks: Any, block_size: int, row: int, row_bytes: int) -> int:
     """Where row ``row`` begins, given the address of each block."""
     block = row // block_size

@@ -5,8 +5,9 @@ moments are read once and written once; the sum stays in a thread's buffer. Sums
 they are exact for all practical purposes and their order hardly shows; the order is fixed all the
 same (SPEC §1): occurrences in order, in chunks of ``CHUNK`` counted from the run's start.
 
-Rows and gradients lie scattered in memory, so what the loop will need ``AHEAD`` sorted positions
-later is asked for early.
+Rows and gradients lie scattered in memory, so their addresses are worked out ``ahead`` sorted
+positions before they are used, and asked for then: into the second-level cache, which can have
+many more lines on their way than the first (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -18,31 +19,35 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..._types import MOMENT_DTYPE, Pending, Update
-from ._compile import FLOAT64, INT64, TAGS, at, cast, jit, load, prefetch, store, view
+from ..._types import MOMENT_DTYPE, Hyperparams, Pending, Update
+from ._compile import FLOAT64, INT64, TAGS, at, cast, inline, jit, load, prefetch, store, view
 from ._threads import num_parts, parallel_for
 from .segment import CHUNK, Segments, segment
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
-#: Sorted positions between asking for a row and using it.
-AHEAD = 16
+#: Sorted positions between asking for a row and using it, at most; a power of two.
+MAX_AHEAD = 32
+#: Bytes asked for and not yet used, at most: an eighth of a small second-level cache.
+BYTES_AHEAD = 1 << 16
 
 
 class _Grads(NamedTuple):
     """``Segments`` for kernels; see there. Arrays are addresses, which cost nothing to pass on."""
 
     words: int
-    num_words: int
     position_bits: int
-    num_keys: int
-    first_keys: int
+    num_kept: int
     piece_starts: int
     pieces: int
-    num_pieces: int
+    first_pieces: int
+    first_keys: int
+    num_tables: int
     long_runs: int
     num_long_runs: int
     partials: int  # [chunks, D] float64: sums of the chunks of long runs
+    dim: int
+    ahead: int
     itemsize: int
     tag: Any
 
@@ -58,34 +63,70 @@ class _Tables(NamedTuple):
     moment_tag: Any
 
 
-@jit
+# What a loop over the runs of one table needs of the above, read once per table: as far as the
+# compiler knows a loop may write to what it reads, so it would read it anew for each row.
+
+
+class _Pieces(NamedTuple):
+    """Where one table's gradients are."""
+
+    end: int  # of its sorted positions
+    first: int
+    num: int
+    # of the first piece, if it is the only one
+    base: int  # the address of position 0, as it were
+    row_bytes: int
+    column_stride: int
+    contiguous: bool  # whether all column strides are 1
+
+
+class _Rows(NamedTuple):
+    """Where one table's rows are: block addresses of each slot, and the first block itself."""
+
+    first_key: int
+    block_size: int
+    params: int
+    exp_avgs: int
+    exp_avg_sqs: int
+    first_params: int
+    first_exp_avgs: int
+    first_exp_avg_sqs: int
+
+
+@inline
+def _word(grads, i):  # type: ignore[no-untyped-def]
+    return at(grads.words, i, INT64)
+
+
+@inline
 def _key(grads, i):  # type: ignore[no-untyped-def]
-    return at(grads.words, i, INT64) >> grads.position_bits
+    return _word(grads, i) >> grads.position_bits
 
 
-@jit
+@inline
 def _is_head(grads, i):  # type: ignore[no-untyped-def]
     """Does a run begin at sorted position i?"""
     return i == 0 or _key(grads, i - 1) != _key(grads, i)
 
 
-@jit
-def _first_head(grads, begin, end):  # type: ignore[no-untyped-def]
-    """The first run that begins in [begin, end): one that began before is the part before's."""
-    while begin < end and not _is_head(grads, begin):
-        begin += 1
-    return begin
-
-
-@jit
+@inline
 def _run_end(grads, begin):  # type: ignore[no-untyped-def]
-    end = begin + 1
-    while end < grads.num_words and not _is_head(grads, end):
+    """Where the run ends that sorted position ``begin`` is in."""
+    key, end = _key(grads, begin), begin + 1
+    while end < grads.num_kept and _key(grads, end) == key:
         end += 1
     return end
 
 
-@jit
+@inline
+def _next_head(grads, i):  # type: ignore[no-untyped-def]
+    """Where the first run begins that begins at i or later; ``num_kept`` if none does."""
+    if i >= grads.num_kept:
+        return grads.num_kept
+    return i if _is_head(grads, i) else _run_end(grads, i)
+
+
+@inline
 def _last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
     """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
 
@@ -101,227 +142,296 @@ def _last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
     return low
 
 
-@jit
-def _piece(grads, i):  # type: ignore[no-untyped-def]
-    """Number of the piece that holds the gradient at sorted position i, and its place there."""
-    position = at(grads.words, i, INT64) & ((1 << grads.position_bits) - 1)
-    piece = _last_at_most(position, grads.piece_starts, 1, grads.num_pieces)
-    return piece, position - at(grads.piece_starts, piece, INT64)
+@inline
+def _table_at(grads, i):  # type: ignore[no-untyped-def]
+    """The number of the table that the gradient at sorted position i belongs to."""
+    return _last_at_most(_key(grads, i), grads.first_keys, 1, grads.num_tables)
 
 
-@jit
-def _table_and_row(grads, i):  # type: ignore[no-untyped-def]
-    """What the gradient at sorted position i belongs to."""
-    piece, _ = _piece(grads, i)
-    table = at(grads.pieces, 4 * piece, INT64)
-    return table, _key(grads, i) - at(grads.first_keys, table, INT64)
+@inline
+def _pieces_of(grads, number, i):  # type: ignore[no-untyped-def]
+    """``_Pieces`` of a table; sorted position i is one of its."""
+    last_word = (at(grads.first_keys, number + 1, INT64) << grads.position_bits) - 1
+    end = i + 1 + _last_at_most(last_word, grads.words + 8 * i, 1, grads.num_kept - i)
+    first = at(grads.first_pieces, number, INT64)
+    count = at(grads.first_pieces, number + 1, INT64) - first
+    contiguous = True
+    for piece in range(first, first + count):
+        contiguous &= at(grads.pieces, 3 * piece + 2, INT64) == 1
+    row_bytes = at(grads.pieces, 3 * first + 1, INT64) * grads.itemsize
+    return _Pieces(
+        end,
+        first,
+        count,
+        at(grads.pieces, 3 * first, INT64) - at(grads.piece_starts, first, INT64) * row_bytes,
+        row_bytes,
+        at(grads.pieces, 3 * first + 2, INT64),
+        contiguous,
+    )
 
 
-@jit
-def _grad_address(grads, i):  # type: ignore[no-untyped-def]
+@inline
+def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
+    """``_Rows`` of a table."""
+    params = at(tables.rows, 4 * number + 1, INT64)
+    exp_avgs = at(tables.rows, 4 * number + 2, INT64)
+    exp_avg_sqs = at(tables.rows, 4 * number + 3, INT64)
+    return _Rows(
+        at(grads.first_keys, number, INT64),
+        at(tables.rows, 4 * number, INT64),
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        at(params, 0, INT64),
+        at(exp_avgs, 0, INT64),
+        at(exp_avg_sqs, 0, INT64),
+    )
+
+
+@inline
+def _grad_at(grads, i, pieces):  # type: ignore[no-untyped-def]
     """Address and column stride of the gradient at sorted position i."""
-    piece, place = _piece(grads, i)
-    first = at(grads.pieces, 4 * piece + 1, INT64)
-    row_stride = at(grads.pieces, 4 * piece + 2, INT64)
-    return first + place * row_stride * grads.itemsize, at(grads.pieces, 4 * piece + 3, INT64)
+    position = _word(grads, i) & ((1 << grads.position_bits) - 1)
+    if pieces.num == 1:
+        return pieces.base + position * pieces.row_bytes, pieces.column_stride
+    starts = grads.piece_starts + 8 * pieces.first
+    piece = pieces.first + _last_at_most(position, starts, 1, pieces.num)
+    place = position - at(grads.piece_starts, piece, INT64)
+    row_bytes = at(grads.pieces, 3 * piece + 1, INT64) * grads.itemsize
+    address = at(grads.pieces, 3 * piece, INT64) + place * row_bytes
+    return address, at(grads.pieces, 3 * piece + 2, INT64)
 
 
-@jit
-def _prefetch_row(address, row_bytes):  # type: ignore[no-untyped-def]
-    for offset in range(0, row_bytes, 64):
+@inline
+def _row_at(grads, tables, i, rows):  # type: ignore[no-untyped-def]
+    """Addresses of weights, exp_avg and exp_avg_sq of the row at sorted position i."""
+    row = _key(grads, i) - rows.first_key
+    param, exp_avg, exp_avg_sq = rows.first_params, rows.first_exp_avgs, rows.first_exp_avg_sqs
+    if row >= rows.block_size:  # never so in an Embedding
+        block = np.int64(np.uint64(row) // np.uint64(rows.block_size))
+        row -= block * rows.block_size
+        param = at(rows.params, block, INT64)
+        exp_avg = at(rows.exp_avgs, block, INT64)
+        exp_avg_sq = at(rows.exp_avg_sqs, block, INT64)
+    param_offset = row * grads.dim * tables.param_itemsize
+    moment_offset = row * grads.dim * tables.moment_itemsize
+    return param + param_offset, exp_avg + moment_offset, exp_avg_sq + moment_offset
+
+
+@inline
+def _prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
+    for offset in range(0, size, 64):
         prefetch(address + offset)
 
 
-@jit
-def _prefetch_grad(grads, i, dim):  # type: ignore[no-untyped-def]
-    if i < grads.num_words:
-        address, _ = _grad_address(grads, i)
-        _prefetch_row(address, dim * grads.itemsize)
+@inline
+def _prefetch_grad(grads, i, pieces):  # type: ignore[no-untyped-def]
+    if i < pieces.end:
+        address, _ = _grad_at(grads, i, pieces)
+        _prefetch_bytes(address, grads.dim * grads.itemsize)
 
 
-@jit
-def _sum_run(total, grads, begin, end):  # type: ignore[no-untyped-def]
-    """Sum the gradients at sorted positions [begin, end), in order, into total [D] float64."""
+@inline
+def _prefetch_row(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
+    """Ask for the row at sorted position i, if it is in the table and a run begins there."""
+    if i < end and _is_head(grads, i):
+        param, exp_avg, exp_avg_sq = _row_at(grads, tables, i, rows)
+        _prefetch_bytes(param, grads.dim * tables.param_itemsize)
+        _prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
+        _prefetch_bytes(exp_avg_sq, grads.dim * tables.moment_itemsize)
+
+
+@inline
+def _add(total, address, stride, tag):  # type: ignore[no-untyped-def]
+    """Add a gradient to total [D] float64."""
     dim = total.size
+    grad = view(address, (dim - 1) * stride + 1, tag)
+    for j in range(dim):
+        total[j] += load(grad, j * stride)
+
+
+@inline
+def _add_four(total, addresses, tag):  # type: ignore[no-untyped-def]
+    """Add four gradients to total [D] float64, one after the other."""
+    dim = total.size
+    first, second = view(addresses[0], dim, tag), view(addresses[1], dim, tag)
+    third, fourth = view(addresses[2], dim, tag), view(addresses[3], dim, tag)
+    for j in range(dim):
+        sum_ = total[j] + load(first, j)
+        sum_ += load(second, j)
+        sum_ += load(third, j)
+        total[j] = sum_ + load(fourth, j)
+
+
+@inline
+def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def]
+    """Sum the gradients at sorted positions [begin, end), in order, into total [D] float64."""
     total[:] = 0.0
-    for i in range(begin, end):
-        _prefetch_grad(grads, i + AHEAD, dim)
-        address, stride = _grad_address(grads, i)
-        if stride == 1:
-            grad = view(address, dim, grads.tag)
-            for j in range(dim):
-                total[j] += load(grad, j)
+    i = begin
+    while i < end:
+        address, stride = _grad_at(grads, i, pieces)
+        if i + 4 <= end and pieces.contiguous:
+            for k in range(i + grads.ahead, i + 4 + grads.ahead):
+                _prefetch_grad(grads, k, pieces)
+            second, _ = _grad_at(grads, i + 1, pieces)
+            third, _ = _grad_at(grads, i + 2, pieces)
+            fourth, _ = _grad_at(grads, i + 3, pieces)
+            _add_four(total, (address, second, third, fourth), grads.tag)
+            i += 4
         else:
-            grad = view(address, (dim - 1) * stride + 1, grads.tag)
-            for j in range(dim):
-                total[j] += load(grad, j * stride)
+            _prefetch_grad(grads, i + grads.ahead, pieces)
+            _add(total, address, stride, grads.tag)
+            i += 1
 
 
 @jit
-def _sum_chunks(part, begin, end, grads, dim):  # type: ignore[no-untyped-def]
+def _sum_chunks(part, begin, end, grads):  # type: ignore[no-untyped-def]
     """Fill the partial sums of chunks [begin, end) of the long runs."""
     for chunk in range(begin, end):
         run = _last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
         number = chunk - at(grads.long_runs, 3 * run + 2, INT64)
         start = at(grads.long_runs, 3 * run, INT64) + number * CHUNK
         stop = min(start + CHUNK, at(grads.long_runs, 3 * run + 1, INT64))
-        _sum_run(view(grads.partials + chunk * dim * 8, dim, FLOAT64), grads, start, stop)
+        partial = view(grads.partials + chunk * grads.dim * 8, grads.dim, FLOAT64)
+        _sum_chunk(partial, start, stop, grads, _pieces_of(grads, _table_at(grads, start), start))
     return 0
 
 
-@jit
-def _sum_whole_run(total, grads, begin, end):  # type: ignore[no-untyped-def]
-    """Sum a run into total [D]: straight, or its chunks' sums in order if it is long."""
-    if end - begin <= CHUNK:
-        _sum_run(total, grads, begin, end)
-        return
-    dim = total.size
+@inline
+def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
+    """Sum a long run into total [D] float64: its chunks' sums, in order."""
     run = _last_at_most(begin, grads.long_runs, 3, grads.num_long_runs)
     first = at(grads.long_runs, 3 * run + 2, INT64)
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
-        partial = view(grads.partials + chunk * dim * 8, dim, FLOAT64)
-        for j in range(dim):
-            total[j] += partial[j]
+        _add(total, grads.partials + chunk * grads.dim * 8, 1, FLOAT64)
 
 
 @jit
-def _row_addresses(tables, table, row, dim):  # type: ignore[no-untyped-def]
-    """Where a row's weights, exp_avg and exp_avg_sq are."""
-    block_size = at(tables.rows, 4 * table, INT64)
-    block = row // block_size
-    place = (row - block * block_size) * dim
-    params = at(tables.rows, 4 * table + 1, INT64)
-    exp_avgs = at(tables.rows, 4 * table + 2, INT64)
-    exp_avg_sqs = at(tables.rows, 4 * table + 3, INT64)
-    return (
-        at(params, block, INT64) + place * tables.param_itemsize,
-        at(exp_avgs, block, INT64) + place * tables.moment_itemsize,
-        at(exp_avg_sqs, block, INT64) + place * tables.moment_itemsize,
-    )
+def _sum_run(total, begin, end, scale, grads, pieces):  # type: ignore[no-untyped-def]
+    """The sum of a run times ``scale``, into total [D] float64."""
+    if end - begin > CHUNK:
+        _sum_partials(total, begin, end, grads)
+    else:
+        _sum_chunk(total, begin, end, grads, pieces)
+    if scale != 1.0:
+        total *= scale
 
 
-@jit
-def _prefetch_table_row(grads, tables, i, dim):  # type: ignore[no-untyped-def]
-    """Ask for what the run that begins at sorted position i, if any, will update."""
-    if _is_head(grads, i) and _key(grads, i) < grads.num_keys:
-        table, row = _table_and_row(grads, i)
-        param, exp_avg, exp_avg_sq = _row_addresses(tables, table, row, dim)
-        _prefetch_row(param, dim * tables.param_itemsize)
-        _prefetch_row(exp_avg, dim * tables.moment_itemsize)
-        _prefetch_row(exp_avg_sq, dim * tables.moment_itemsize)
-
-
-@jit
-def _update_row(  # type: ignore[no-untyped-def]
-    param, exp_avg, exp_avg_sq, grad, grad_scale, scalars, moment_tag
-):
-    """SPEC §1 for one row [D]; ``grad`` is the only gradient or the sum of several."""
-    one_minus_beta1 = cast(scalars[0], moment_tag)
-    one_minus_beta2 = cast(scalars[1], moment_tag)
-    step_size = cast(scalars[2], moment_tag)  # lr / (1 - beta1^t)
-    inv_sqrt_correction2 = cast(scalars[3], moment_tag)  # 1 / sqrt(1 - beta2^t)
-    eps = cast(scalars[4], moment_tag)
-    decay = cast(scalars[5], moment_tag)  # lr * weight_decay
-    for j in range(param.size):
-        g = cast(load(grad, j) * grad_scale, moment_tag)
+@inline
+def _update_row(addresses, grad, scalars, tables):  # type: ignore[no-untyped-def]
+    """SPEC §1 for one row [D] (``_row_at``); ``grad`` is the sum of its gradients."""
+    dim, tag = grad.size, tables.moment_tag
+    param = view(addresses[0], dim, tables.param_tag)
+    exp_avg = view(addresses[1], dim, tag)
+    exp_avg_sq = view(addresses[2], dim, tag)
+    one_minus_beta1 = cast(scalars[0], tag)
+    one_minus_beta2 = cast(scalars[1], tag)
+    step_size = cast(scalars[2], tag)  # lr / (1 - beta1^t)
+    inv_sqrt_correction2 = cast(scalars[3], tag)  # 1 / sqrt(1 - beta2^t)
+    eps = cast(scalars[4], tag)
+    decay = cast(scalars[5], tag)  # lr * weight_decay
+    for j in range(dim):
+        g = cast(load(grad, j), tag)
         m = exp_avg[j] + one_minus_beta1 * (g - exp_avg[j])
         v = exp_avg_sq[j] + one_minus_beta2 * (g * g - exp_avg_sq[j])
         exp_avg[j] = m
         exp_avg_sq[j] = v
         w = load(param, j)
-        denom = cast(math.sqrt(v), moment_tag) * inv_sqrt_correction2 + eps
+        denom = cast(math.sqrt(v), tag) * inv_sqrt_correction2 + eps
         store(param, j, w - (step_size * m / denom + decay * w))
 
 
 @jit
-def _update_runs(part, begin, end, grads, tables, totals):  # type: ignore[no-untyped-def]
-    """Update the rows whose runs begin in [begin, end); ``totals`` [parts, D] is scratch."""
-    total = totals[part]
-    dim = total.size
-    i = _first_head(grads, begin, end)
-    while i < end and _key(grads, i) < grads.num_keys:  # dropped gradients sort last
-        stop = _run_end(grads, i)
-        for k in range(i + AHEAD, min(stop + AHEAD, end)):
-            _prefetch_table_row(grads, tables, k, dim)
-
-        table, row = _table_and_row(grads, i)
-        addresses = _row_addresses(tables, table, row, dim)
-        param = view(addresses[0], dim, tables.param_tag)
-        exp_avg = view(addresses[1], dim, tables.moment_tag)
-        exp_avg_sq = view(addresses[2], dim, tables.moment_tag)
-        scalars = view(tables.scalars + table * 64, 8, FLOAT64)
-        grad_scale = scalars[6] / (stop - i) if scalars[7] != 0.0 else scalars[6]
-
-        address, stride = _grad_address(grads, i)
-        if stop == i + 1 and stride == 1:  # the usual case: a gradient that needs no buffer
-            _prefetch_grad(grads, i + AHEAD, dim)
-            grad = view(address, dim, grads.tag)
-            _update_row(param, exp_avg, exp_avg_sq, grad, grad_scale, scalars, tables.moment_tag)
-        else:
-            _sum_whole_run(total, grads, i, stop)
-            _update_row(param, exp_avg, exp_avg_sq, total, grad_scale, scalars, tables.moment_tag)
-        i = stop
+def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-def]
+    """Update the rows whose runs begin at sorted positions [begin, end)."""
+    total = np.empty(grads.dim)
+    i, stop = _next_head(grads, begin), _next_head(grads, end)
+    ahead = grads.ahead
+    while i < stop:
+        number = _table_at(grads, i)
+        pieces, rows = _pieces_of(grads, number, i), _rows_of(grads, tables, number)
+        last = min(pieces.end, stop)
+        scalars = view(tables.scalars + 64 * number, 8, FLOAT64)
+        grad_scale, is_mean = scalars[6], scalars[7] != 0.0
+        for k in range(i, i + ahead):
+            _prefetch_grad(grads, k, pieces)
+            _prefetch_row(grads, tables, k, rows, last)
+        while i < last:
+            row = _row_at(grads, tables, i, rows)
+            address, stride = _grad_at(grads, i, pieces)
+            run_end = _run_end(grads, i)
+            for k in range(i + ahead, run_end + ahead):
+                _prefetch_row(grads, tables, k, rows, last)
+            if run_end == i + 1 and stride == 1 and grad_scale == 1.0:  # needs no buffer
+                _prefetch_grad(grads, i + ahead, pieces)
+                _update_row(row, view(address, grads.dim, grads.tag), scalars, tables)
+            else:
+                scale = grad_scale / (run_end - i) if is_mean else grad_scale
+                _sum_run(total, i, run_end, scale, grads, pieces)
+                _update_row(row, total, scalars, tables)
+            i = run_end
     return 0
 
 
 @jit
 def _count_runs(part, begin, end, grads):  # type: ignore[no-untyped-def]
     count = 0
-    for i in range(begin, end):
-        if _is_head(grads, i) and _key(grads, i) < grads.num_keys:
-            count += 1
+    for i in range(begin, min(end, grads.num_kept)):
+        count += _is_head(grads, i)
     return count
 
 
 @jit
 def _store_sums(  # type: ignore[no-untyped-def]
-    part, begin, end, grads, scale, mean, totals, places, rows, values
+    part, begin, end, grads, scale, mean, places, rows, values
 ):
     """Rows and sums of one table's runs that begin in [begin, end), from ``places[part]`` on."""
-    total = totals[part]
-    dim = total.size
+    total = np.empty(grads.dim)
     place = places[part]
-    values = view(values, rows.size * dim, grads.tag)
-    i = _first_head(grads, begin, end)
-    while i < end and _key(grads, i) < grads.num_keys:
-        stop = _run_end(grads, i)
-        _sum_whole_run(total, grads, i, stop)
+    values = view(values, rows.size * grads.dim, grads.tag)
+    pieces = _pieces_of(grads, 0, 0)
+    i, stop = _next_head(grads, begin), _next_head(grads, end)
+    while i < stop:
+        run_end = _run_end(grads, i)
+        _sum_run(total, i, run_end, scale / (run_end - i) if mean else scale, grads, pieces)
         rows[place] = _key(grads, i)
-        for j in range(dim):
-            store(values, place * dim + j, total[j] * (scale / (stop - i) if mean else scale))
+        for j in range(grads.dim):
+            store(values, place * grads.dim + j, total[j])
         place += 1
-        i = stop
+        i = run_end
     return 0
 
 
 def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
     """The kernels' view of segments, the chunks of long runs summed by all threads."""
+    itemsize = segments.grad_dtype.itemsize
     grads = _Grads(
         segments.words.ctypes.data,
-        segments.words.size,
         segments.position_bits,
-        segments.num_keys,
-        segments.first_keys.ctypes.data,
+        segments.num_kept,
         segments.piece_starts.ctypes.data,
         segments.pieces.ctypes.data,
-        len(segments.pieces),
+        segments.first_pieces.ctypes.data,
+        segments.first_keys.ctypes.data,
+        len(segments.pending),
         segments.long_runs.ctypes.data,
         len(segments.long_runs),
         partials.ctypes.data,
-        segments.grad_dtype.itemsize,
+        segments.dim,
+        min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), 4), MAX_AHEAD),
+        itemsize,
         TAGS[segments.grad_dtype],
     )
     if len(partials):
         parts = num_parts(len(partials), 1)
-        parallel_for(_sum_chunks, len(partials), parts, grads, segments.dim)
+        parallel_for(_sum_chunks, len(partials), parts, grads)
     return grads
 
 
-def _scalars(update: Update) -> tuple[float, ...]:
-    """What the update of a table needs, in double precision; see ``_update_row``."""
-    hyper, pending = update.hyper, update.pending
-    lr, t = float(hyper.lr), update.step.item() + 1
+def _scalars(hyper: Hyperparams, t: int, pending: Pending) -> tuple[float, ...]:
+    """What the t-th update of a table needs, in double precision; see ``_update_row``."""
+    lr = float(hyper.lr)
     return (
         1.0 - hyper.beta1,
         1.0 - hyper.beta2,
@@ -343,15 +453,27 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
     """
     dtype = updates[0].pending.param.dtype
     moment_dtype = MOMENT_DTYPE[dtype]
-    slots = [(u.pending.param, u.exp_avg, u.exp_avg_sq) for u in updates]
-    rows = np.array(
-        [(s[0].block_size(), *(slot.addresses().ctypes.data for slot in s)) for s in slots],
-        dtype=np.int64,
-    )
-    scalars = np.array([_scalars(update) for update in updates])
+    rows: list[int] = []
+    scalars: list[float] = []
+    known: dict[tuple[Any, ...], tuple[float, ...]] = {}  # hundreds of tables may share them
+    for update in updates:
+        pending, t = update.pending, int(update.step.item()) + 1
+        param = pending.param
+        rows += (
+            param.block_size(),
+            param.addresses_at(),
+            update.exp_avg.addresses_at(),
+            update.exp_avg_sq.addresses_at(),
+        )
+        key = id(update.hyper), t, pending.grad_scale, pending.mean
+        if key not in known:
+            known[key] = _scalars(update.hyper, t, pending)
+        scalars += known[key]
+    rows_array = np.array(rows, dtype=np.int64)
+    scalars_array = np.array(scalars, dtype=np.float64)
     tables = _Tables(
-        rows.ctypes.data,
-        scalars.ctypes.data,
+        rows_array.ctypes.data,
+        scalars_array.ctypes.data,
         dtype.itemsize,
         moment_dtype.itemsize,
         TAGS[dtype],
@@ -359,12 +481,10 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
     )
     size = segments.words.size
     parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
-    totals = np.empty((parts, segments.dim))
     partials = np.empty((segments.num_chunks, segments.dim))
     grads = _with_chunks_summed(segments, partials)
-    parallel_for(_update_runs, size, parts, grads, tables, totals)
-    for update in updates:
-        update.step.add_(1)
+    parallel_for(_update_runs, size, parts, grads, tables)
+    torch._foreach_add_([update.step for update in updates], 1)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,7 +508,6 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         grads,
         pending.grad_scale,
         pending.mean,
-        np.empty((parts, segments.dim)),
         np.cumsum([0, *counts[:-1]]),
         rows,
         values.data_ptr(),

@@ -50,10 +50,13 @@ def _prefetch_home(entries, ids, i):  # type: ignore[no-untyped-def]
 
 @jit
 def _find(part, begin, end, entries, ids, rows):  # type: ignore[no-untyped-def]
+    """Fill rows [begin, end). Returns how many ids are absent."""
+    absent = 0
     for i in range(begin, end):
         _prefetch_home(entries, ids, i + AHEAD)
         rows[i] = entries[_entry_of(entries, ids[i]), 1]
-    return 0
+        absent += rows[i] == MISSING
+    return absent
 
 
 @jit
@@ -113,16 +116,16 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         rows [N] int64.
     """
-    rows = torch.empty_like(ids)
-    parallel_for(
-        _find,
-        ids.numel(),
-        num_parts(ids.numel(), GRAIN),
-        array_of(entries),
-        array_of(ids),
-        array_of(rows),
-    )
+    rows, _ = _find_all(entries, ids)
     return rows
+
+
+def _find_all(entries: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The row of each id, or ``MISSING``, and how many are missing."""
+    rows, size = torch.empty_like(ids), ids.numel()
+    arrays = map(array_of, (entries, ids, rows))
+    absent = sum(parallel_for(_find, size, num_parts(size, GRAIN), *arrays))
+    return rows, absent
 
 
 def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
@@ -157,10 +160,10 @@ def find_or_insert_(
     Returns:
         rows [N] int64.
     """
-    rows = find(index.entries, ids)
-    absent = rows == MISSING
-    if not absent.any():
+    rows, num_absent = _find_all(index.entries, ids)
+    if not num_absent:
         return rows
+    absent = rows == MISSING
     ids = ids[absent]
     new_rows = index.next_rows(ids.numel())
     found, new_ids = torch.empty_like(ids), torch.empty_like(ids)

@@ -1,22 +1,27 @@
-"""Group pending gradients by row: one packed word per gradient row, one stable radix sort.
+"""Group pending gradients by row: one packed word per gradient row, sorted by row.
 
 A word is ``key << position_bits | position``: the key numbers a row among all rows of the group's
 tables, the position is the gradient's place in the order of occurrence. Sorted words therefore
 list each row's gradients as one *run*, in order. No table is scanned and no gradient moves.
-Memory: two words (16 bytes) a gradient row.
+
+The sort is a radix sort whose first digit is the highest: it deals the words into buckets that fit
+a core's cache, where the remaining digits are sorted. A batch that is already in order, like a
+coalesced gradient, is not sorted. Memory: two words (16 bytes) a gradient row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from ..._checks import row_error
 from ..._types import MISSING, Pending
-from ._compile import INT64, jit, view
+from ._compile import INT64, inline, jit, view
 from ._threads import num_parts, parallel_for
 
 #: Runs longer than this are summed in chunks of this length, by all threads, then combined in
@@ -24,8 +29,38 @@ from ._threads import num_parts, parallel_for
 CHUNK = 2048
 #: Words a thread sorts at the least.
 GRAIN = 16384
-#: A digit's bits at most: 2,048 counters fill half of a 32-KiB level-one cache.
-DIGIT_BITS = 11
+#: Words per bucket to aim at, and the first digit's bits at most: so many places are written to in
+#: turn, and each of them should stay in cache.
+BUCKET_BITS = 9
+FIRST_DIGIT_BITS = 8
+#: The later digits' bits at most: their counters should leave room for the words in cache.
+DIGIT_BITS = 10
+#: Fewer words than this are sorted by insertion.
+FEW = 32
+#: Buffers kept for later steps: a step takes one per group of tables.
+MAX_BUFFERS = 4
+
+_free_buffers: list[np.ndarray] = []
+
+
+def _take_buffer(size: int) -> np.ndarray:
+    """Room for ``size`` words, until ``_give_back``.
+
+    Buffers go round, since a fresh page costs more than it takes to sort the words in it.
+    """
+    while _free_buffers:
+        try:
+            buffer = _free_buffers.pop()
+        except IndexError:  # another thread was faster
+            break
+        if buffer.size >= size:
+            return buffer
+    return np.empty(size, dtype=np.int64)
+
+
+def _give_back(buffer: np.ndarray) -> None:
+    if len(_free_buffers) < MAX_BUFFERS:
+        _free_buffers.append(buffer)
 
 
 @dataclasses.dataclass
@@ -36,10 +71,11 @@ class Segments:
         pending: the group's tables, in order; it keeps the gradients' memory alive.
         words: [N] int64, sorted.
         position_bits: low bits of a word that hold the position.
-        num_keys: rows of all tables; the key of a dropped gradient, after every other.
+        num_kept: how many words are not of dropped gradients, which come last.
         first_keys: [T + 1] int64, each table's first key.
         piece_starts: [P + 1] int64, each piece's first position.
-        pieces: [P, 4] int64: table, address, row stride and column stride (elements).
+        pieces: [P, 3] int64: address, row stride and column stride (elements) of the gradients.
+        first_pieces: [T + 1] int64, each table's first piece.
         long_runs: [K, 3] int64: begin, end, first chunk of each run longer than ``CHUNK``.
         num_chunks: chunks of all long runs.
     """
@@ -49,10 +85,11 @@ class Segments:
     grad_dtype: torch.dtype
     words: np.ndarray
     position_bits: int
-    num_keys: int
+    num_kept: int
     first_keys: np.ndarray
     piece_starts: np.ndarray
     pieces: np.ndarray
+    first_pieces: np.ndarray
     long_runs: np.ndarray
     num_chunks: int
 
@@ -60,77 +97,158 @@ class Segments:
 @jit
 def _make_words(  # type: ignore[no-untyped-def]
     part, begin, end, words, position_bits, num_keys, piece_starts, piece_table, rows_address,
-    first_keys, drop_missing,
+    first_keys, drop_missing, digit_shift, counts,
 ):  # fmt: skip
-    """Fill words [begin, end). Returns the first position whose row is out of range, or -1."""
-    piece = np.searchsorted(piece_starts, begin, side="right") - 1
-    for position in range(begin, end):
-        while position >= piece_starts[piece + 1]:
-            piece += 1
-        table = piece_table[piece]
-        rows = view(rows_address[piece], piece_starts[piece + 1] - piece_starts[piece], INT64)
-        row = rows[position - piece_starts[piece]]
-        key = first_keys[table] + row
-        if row < 0 or row >= first_keys[table + 1] - first_keys[table]:
-            if row != MISSING or not drop_missing[table]:
-                return position
-            key = num_keys
-        words[position] = (key << position_bits) | position
-    return -1
+    """Fill words [begin, end) and count their first digits.
 
-
-@jit
-def _count_digits(part, begin, end, words, shift, counts):  # type: ignore[no-untyped-def]
-    mask = counts.shape[1] - 1
+    Returns:
+        The first position whose row is out of range, or -1 if there is none and the words ascend,
+        or -2.
+    """
     count = counts[part]
     count[:] = 0
-    for i in range(begin, end):
-        count[(words[i] >> shift) & mask] += 1
-    return 0
+    ascending = True
+    last = np.int64(-1)
+    piece = np.searchsorted(piece_starts, begin, side="right") - 1
+    position = begin
+    while position < end:
+        while position >= piece_starts[piece + 1]:
+            piece += 1
+        start, stop = piece_starts[piece], min(piece_starts[piece + 1], end)
+        rows = view(rows_address[piece], stop - start, INT64)
+        table = piece_table[piece]
+        first_key = first_keys[table]
+        num_rows = first_keys[table + 1] - first_key
+        for place in range(position - start, stop - start):
+            row = rows[place]
+            key = first_key + row
+            if row < 0 or row >= num_rows:
+                if row != MISSING or not drop_missing[table]:
+                    return start + place
+                key = num_keys
+            word = (key << position_bits) | (start + place)
+            words[start + place] = word
+            count[word >> digit_shift] += 1
+            ascending &= word > last
+            last = word
+        position = stop
+    return -1 if ascending else -2
 
 
 @jit
-def _scatter_digits(part, begin, end, words, shift, places, target):  # type: ignore[no-untyped-def]
-    mask = places.shape[1] - 1
+def _deal(part, begin, end, words, digit_shift, places, target):  # type: ignore[no-untyped-def]
+    """Move words [begin, end) to the buckets of their first digits, keeping their order."""
     place = places[part]
     for i in range(begin, end):
-        digit = (words[i] >> shift) & mask
+        digit = words[i] >> digit_shift
         target[place[digit]] = words[i]
         place[digit] += 1
     return 0
 
 
-def _sort(words: np.ndarray, low_bit: int, high_bit: int) -> np.ndarray:
-    """Stable sort of non-negative words by bits [low_bit, high_bit): a radix sort from below."""
-    if words.size <= 256:
-        words.sort()  # positions make words distinct, so any sort of whole words is the stable one
-        return words
-    passes = -(-(high_bit - low_bit) // DIGIT_BITS)
-    scratch = np.empty_like(words)
-    parts = num_parts(words.size, GRAIN)
+@inline
+def _sort_few(words):  # type: ignore[no-untyped-def]
+    for i in range(1, words.size):
+        word = words[i]
+        k = i
+        while k > 0 and words[k - 1] > word:
+            words[k] = words[k - 1]
+            k -= 1
+        words[k] = word
+
+
+@inline
+def _sort_bucket(words, scratch, low_bit, high_bit, places):  # type: ignore[no-untyped-def]
+    """Stable radix sort by bits [low_bit, high_bit), from below; ``scratch`` is as large."""
+    size = words.size
+    digit_bits = 4
+    while digit_bits < DIGIT_BITS and size >> digit_bits:
+        digit_bits += 1
+    passes = (high_bit - low_bit + digit_bits - 1) // digit_bits
     for i in range(passes):
         shift = low_bit + (high_bit - low_bit) * i // passes
-        bits = low_bit + (high_bit - low_bit) * (i + 1) // passes - shift
-        counts = np.empty((parts, 1 << bits), dtype=np.int64)
-        parallel_for(_count_digits, words.size, parts, words, shift, counts)
-        ends = np.cumsum(counts.T.reshape(-1)).reshape(-1, parts).T  # by digit, then by part
-        places = np.ascontiguousarray(ends - counts)
-        parallel_for(_scatter_digits, words.size, parts, words, shift, places, scratch)
+        digits = 1 << (low_bit + (high_bit - low_bit) * (i + 1) // passes - shift)
+        places[:digits] = 0
+        for k in range(size):
+            places[(words[k] >> shift) & (digits - 1)] += 1
+        place = np.int64(0)
+        for digit in range(digits):
+            count = places[digit]
+            places[digit] = place
+            place += count
+        for k in range(size):
+            digit = (words[k] >> shift) & (digits - 1)
+            scratch[places[digit]] = words[k]
+            places[digit] += 1
         words, scratch = scratch, words
+    if passes & 1:
+        scratch[:] = words
+
+
+@jit
+def _sort_buckets(  # type: ignore[no-untyped-def]
+    part, begin, end, words, scratch, position_bits, digit_shift, bucket_starts
+):
+    """Sort the buckets that begin in [begin, end)."""
+    places = np.empty(1 << DIGIT_BITS, dtype=np.int64)
+    bucket = np.searchsorted(bucket_starts, begin)
+    while bucket < bucket_starts.size - 1 and bucket_starts[bucket] < end:
+        start, stop = bucket_starts[bucket], bucket_starts[bucket + 1]
+        if stop - start <= FEW:
+            _sort_few(words[start:stop])
+        else:
+            _sort_bucket(words[start:stop], scratch[start:stop], position_bits, digit_shift, places)
+        bucket += 1
+    return 0
+
+
+@jit
+def _find_long_runs(words, position_bits, num_keys, runs):  # type: ignore[no-untyped-def]
+    """Fill ``runs`` [K, 3], see ``Segments.long_runs``.
+
+    A run longer than CHUNK covers a multiple of CHUNK, so only those positions are looked at.
+
+    Returns:
+        How many words are kept, how many runs are long, and the chunks of all of them.
+    """
+    num_kept = np.searchsorted(words, num_keys << position_bits)
+    count = chunks = end = 0
+    for i in range(0, num_kept, CHUNK):
+        if i < end:
+            continue  # still in the run before
+        key = words[i] >> position_bits
+        begin = np.searchsorted(words, key << position_bits)
+        end = np.searchsorted(words, (key + 1) << position_bits)
+        if end - begin > CHUNK:
+            runs[count, 0] = begin
+            runs[count, 1] = end
+            runs[count, 2] = chunks
+            count += 1
+            chunks += (end - begin + CHUNK - 1) // CHUNK
+    return num_kept, count, chunks
+
+
+def _starts(sizes: Iterable[int]) -> np.ndarray:
+    """Where each of several things begins that lie one behind the other, and where all end."""
+    return np.array([*itertools.accumulate(sizes, initial=0)], dtype=np.int64)
+
+
+def _sort(
+    words: np.ndarray, scratch: np.ndarray, low_bit: int, shift: int, counts: np.ndarray
+) -> np.ndarray:
+    """Sort words by bits from ``low_bit`` on; ``counts`` [parts, digits] are of ``>> shift``."""
+    if words.size <= FEW:
+        words.sort()
+        return words
+    parts, digits = counts.shape
+    starts = np.zeros(digits + 1, dtype=np.int64)
+    np.cumsum(counts.sum(0), out=starts[1:])
+    if digits > 1:
+        places = starts[:-1] + np.cumsum(counts, axis=0) - counts
+        parallel_for(_deal, words.size, parts, words, shift, places, scratch)
+        words, scratch = scratch, words
+    parallel_for(_sort_buckets, words.size, parts, words, scratch, low_bit, shift, starts)
     return words
-
-
-def _long_runs(words: np.ndarray, position_bits: int, num_keys: int) -> tuple[np.ndarray, int]:
-    """Runs longer than CHUNK: each covers a multiple of CHUNK, so only those are looked at."""
-    runs: list[tuple[int, int, int]] = []
-    chunks = 0
-    keys_here = np.unique(words[::CHUNK] >> position_bits) if words.size > CHUNK else ()
-    for key in keys_here:
-        begin, end = np.searchsorted(words, [key << position_bits, (key + 1) << position_bits])
-        if end - begin > CHUNK and key < num_keys:
-            runs.append((int(begin), int(end), chunks))
-            chunks += -(-int(end - begin) // CHUNK)
-    return np.array(runs, dtype=np.int64).reshape(-1, 3), chunks
 
 
 def segment(pending: Sequence[Pending]) -> Segments:
@@ -141,9 +259,9 @@ def segment(pending: Sequence[Pending]) -> Segments:
         OverflowError: rows of all tables times gradient rows exceed 2**63.
     """
     pieces = [(table, piece) for table, p in enumerate(pending) for piece in p.pieces]
-    sizes = [piece.rows.numel() for _, piece in pieces]
-    piece_starts = np.cumsum([0, *sizes], dtype=np.int64)
-    first_keys = np.cumsum([0, *(p.count_rows() for p in pending)], dtype=np.int64)
+    piece_starts = _starts(piece.indices.numel() for _, piece in pieces)
+    first_pieces = _starts(len(p.pieces) for p in pending)
+    first_keys = _starts(p.count_rows() for p in pending)
     size, num_keys = int(piece_starts[-1]), int(first_keys[-1])
     position_bits = max(size - 1, 0).bit_length()
     key_bits = num_keys.bit_length()
@@ -152,42 +270,54 @@ def segment(pending: Sequence[Pending]) -> Segments:
             f"{num_keys} rows and {size} gradient rows in one step are more than one sort key "
             f"can hold; use tables of another width or dtype, or smaller batches"
         )
-    table_numbers = np.array([table for table, _ in pieces], dtype=np.int64)
-    words = np.empty(size, dtype=np.int64)
-    bad = parallel_for(
+    digit_bits = min(max(position_bits - BUCKET_BITS, 0), FIRST_DIGIT_BITS, key_bits)
+    digit_shift = position_bits + key_bits - digit_bits
+    parts = num_parts(size, GRAIN)
+    buffer = _take_buffer(2 * size)
+    words, scratch = buffer[:size], buffer[size : 2 * size]
+    counts = np.empty((parts, 1 << digit_bits), dtype=np.int64)
+    found = parallel_for(
         _make_words,
         size,
-        num_parts(size, GRAIN),
+        parts,
         words,
         position_bits,
         num_keys,
         piece_starts,
-        table_numbers,
-        np.array([piece.rows.data_ptr() for _, piece in pieces], dtype=np.int64),
+        np.array([table for table, _ in pieces], dtype=np.int64),
+        np.array([piece.indices.data_ptr() for _, piece in pieces], dtype=np.int64),
         first_keys,
         np.array([p.drop_missing for p in pending], dtype=np.bool_),
+        digit_shift,
+        counts,
     )
-    for position in bad:
+    for position in found:
         if position >= 0:
             number = int(np.searchsorted(piece_starts, position, side="right")) - 1
             table, piece = pieces[number]
             row = int(piece.rows[position - int(piece_starts[number])])
             raise row_error(pending[table].name, row, pending[table].count_rows())
-    words = _sort(words, position_bits, position_bits + key_bits)
-    long_runs, num_chunks = _long_runs(words, position_bits, num_keys)
+    cuts = [size * i // parts for i in range(1, parts)]
+    if -2 in found or any(words[cut - 1] > words[cut] for cut in cuts):
+        words = _sort(words, scratch, position_bits, digit_shift, counts)
+    long_runs = np.empty((size // CHUNK, 3), dtype=np.int64)
+    num_kept, num_long_runs, num_chunks = _find_long_runs(words, position_bits, num_keys, long_runs)
     first_grad = pieces[0][1].grad
-    return Segments(
+    segments = Segments(
         pending=pending,
         dim=first_grad.shape[1],
         grad_dtype=first_grad.dtype,
         words=words,
         position_bits=position_bits,
-        num_keys=num_keys,
+        num_kept=num_kept,
         first_keys=first_keys,
         piece_starts=piece_starts,
         pieces=np.array(
-            [(t, p.grad.data_ptr(), *p.grad.stride()) for t, p in pieces], dtype=np.int64
+            [x for _, p in pieces for x in (p.grad.data_ptr(), *p.grad.stride())], dtype=np.int64
         ),
-        long_runs=long_runs,
+        first_pieces=first_pieces,
+        long_runs=long_runs[:num_long_runs],
         num_chunks=num_chunks,
     )
+    weakref.finalize(segments, _give_back, buffer).atexit = False
+    return segments

@@ -182,8 +182,8 @@ def launch(
         name: the kernel in it.
         num_blocks: size of the grid; nothing runs if it is 0.
         num_threads: threads a block.
-        args: what the kernel takes, in order: contiguous tensors, and NumPy scalars or structs by
-            value.
+        args: what the kernel takes, in order: contiguous tensors, ``_interop.address_of`` of those
+            that are made for this launch, and NumPy scalars or structs by value.
     """
     if num_blocks == 0:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ def block_table(slot: Slot) -> torch.Tensor:
 def _store_words(words: np.ndarray[Any, Any], target: torch.Tensor) -> None:
     struct = np.zeros((), dtype=[("word", "i8", WORDS)])
     struct["word"][: words.size] = words
-    args = (struct, target, np.int64(words.size))
+    args = (struct, _interop.address_of(target), np.int64(words.size))
     launch(target.device, GROUP, "store_words", 1, 128, args)
 
 
@@ -112,17 +112,20 @@ def _load_store_words(device: torch.device) -> None:
     _store_words(np.zeros(1, dtype=np.int64), torch.empty(1, dtype=torch.int64, device=device))
 
 
-def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """A copy of an array of structs on a device, as int64 words. Nobody waits.
+def upload(device: torch.device, *arrays: np.ndarray[Any, Any]) -> Sequence[torch.Tensor]:
+    """Copies of arrays of structs on a device, as int64 words of one tensor. Nobody waits.
 
     Under capture it is made by launches that hold the words themselves: a graph that is replayed
     later must not read host memory, which has another use by then.
     """
-    words = np.ascontiguousarray(array).view(np.int64)
-    if not _interop.is_capturing(device):
+    parts = [array.view(np.int64) for array in arrays]
+    words, sizes = np.concatenate(parts), [part.size for part in parts]
+    if _interop.is_capturing(device):
+        target = torch.empty(words.size, dtype=torch.int64, device=device)
+        for begin in range(0, words.size, WORDS):
+            _store_words(words[begin : begin + WORDS], target[begin : begin + WORDS])
+    else:
         _load_store_words(device)
-        return _interop.to_device(words, device)
-    target = torch.empty(words.size, dtype=torch.int64, device=device)
-    for begin in range(0, words.size, WORDS):
-        _store_words(words[begin : begin + WORDS], target[begin : begin + WORDS])
-    return target
+        target = _interop.to_device(words, device)
+    copies: Sequence[torch.Tensor] = target.split(sizes)
+    return copies

@@ -1,7 +1,9 @@
 """All that this engine asks of CuPy and of torch's CUDA runtime.
 
-Tensors reach CuPy by DLPack, without a copy. The tests replace this module by one that runs the
-same kernels on the CPU, so nothing else in the engine may touch CuPy, streams or pinned memory.
+Tensors reach CuPy by DLPack, without a copy; those that live for one step only, by their address,
+since a step has twenty and an exchange takes microseconds. The tests replace this module by one
+that runs the same kernels on the CPU, so nothing else in the engine may touch CuPy, streams or
+pinned memory.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def _require_gpu() -> None:
 
 _require_gpu()
 RawModule = cupy.RawModule
+_NOTHING_TO_DO = contextlib.nullcontext()
 
 
 class Stream(NamedTuple):
@@ -64,6 +67,17 @@ def array_of(tensor: torch.Tensor) -> Any:
     return cupy.from_dlpack(to_dlpack(tensor))
 
 
+def address_of(tensor: torch.Tensor | None) -> np.uint64:
+    """What a kernel takes for a pointer to the tensor's memory; None is a null pointer.
+
+    Args:
+        tensor: on a GPU, contiguous, made for the launches that get it: torch hands its memory on
+            to what the stream does later, once the last reference is gone.
+    """
+    address: np.uint64 = np.uint64(0 if tensor is None else tensor.data_ptr())
+    return address
+
+
 def stream_of(device: torch.device) -> Stream:
     """The stream that torch uses on a device."""
     return Stream(torch.cuda.current_stream(device).cuda_stream)
@@ -71,6 +85,8 @@ def stream_of(device: torch.device) -> Stream:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Within the block, the device is the current one, to CuPy too."""
+    if device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
     return torch.cuda.device(device)
 
 
@@ -78,7 +94,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether torch's current stream is being captured into a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):
+    with on_device(device):
         return bool(torch.cuda.is_current_stream_capturing())
 
 

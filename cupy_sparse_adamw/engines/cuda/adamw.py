@@ -38,8 +38,8 @@ class RowReport:
     """What the GPU will have found about the rows of one step's gradients."""
 
     def __init__(self, pending: Sequence[Pending], faults: torch.Tensor) -> None:
-        # Without the gradients, whose memory the next step may need.
-        self._tables = [dataclasses.replace(table, pieces=[]) for table in pending]
+        # Not the gradients, whose memory the next step may need.
+        self._tables = [(p.name, p.num_rows, p.row_count) for p in pending]
         self._faults = _interop.HostCopy(faults)
 
     def ready(self) -> bool:
@@ -48,9 +48,10 @@ class RowReport:
 
     def error(self) -> IndexError | None:
         """For the first table with a row out of range. Waits until it is known."""
-        for table, (flag, row) in zip(self._tables, self._faults.values().tolist(), strict=True):
+        found = self._faults.values().tolist()
+        for (name, num_rows, row_count), (flag, row) in zip(self._tables, found, strict=True):
             if flag:
-                return row_error(table.name, row, table.count_rows())
+                return row_error(name, row, num_rows if row_count is None else int(row_count))
         return None
 
 
@@ -116,15 +117,16 @@ def _walk(
 ) -> None:
     """Run both kernels over all runs: short runs and chunks of long ones, then long ones."""
     device, dim, tiles = segments.keys.device, np.int64(segments.dim), segments.long_begin.numel()
+    address_of = _interop.address_of
     sorted_args = (
-        segments.keys,
-        segments.order,
+        address_of(segments.keys),
+        address_of(segments.order),
         np.int64(segments.keys.numel()),
         np.int64(segments.num_keys),
-        segments.pieces,
+        address_of(segments.pieces),
         np.int64(segments.pieces.nbytes // PIECE.itemsize),
     )
-    room = (segments.partials, segments.long_begin)
+    room = (address_of(segments.partials), address_of(segments.long_begin))
     lanes = np.int32(log_lanes(-(-segments.dim // vec)))
     first = (*sorted_args, *sink, dim, lanes, *room)
     launch(device, variant, names[0], tiles, THREADS, first)
@@ -164,14 +166,17 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> RowReport | 
     advance = "advance_float" if acc == torch.float32 else "advance_double"
     # Whatever may fail comes before the first launch, which counts the step.
     load(device, (GROUP, advance), (variant, "update"), (variant, "finish"))
-    tensors = [x for u in updates for x in (u.step, u.hyper.lr, u.pending.row_count)]
-    keep_for_graph([*slots, *segments.faults, *filter(torch.is_tensor, tensors)], device)
-    tables, count = upload(descriptors, device), len(updates)
+    is_captured = _interop.is_capturing(device)
+    if is_captured:
+        tensors = [x for u in updates for x in (u.step, u.hyper.lr, u.pending.row_count)]
+        keep_for_graph([*slots, *segments.faults, *filter(torch.is_tensor, tensors)], device)
+    (tables,), count = upload(device, descriptors), len(updates)
     scalars = torch.empty(count, 8, dtype=acc, device=device)
     faults = torch.empty(count, 2, dtype=torch.int64, device=device)
-    is_captured = _interop.is_capturing(device)
-    arguments = (tables, np.int64(count), scalars)
-    launch(device, GROUP, advance, blocks_for(count, THREADS), THREADS, (*arguments, faults))
+    address_of = _interop.address_of
+    arguments = (address_of(tables), np.int64(count), address_of(scalars))
+    results = (*arguments, address_of(faults))
+    launch(device, GROUP, advance, blocks_for(count, THREADS), THREADS, results)
     _walk(segments, variant, vec, ("update", "finish"), arguments)
     return None if is_captured else RowReport(segments.pending, faults)
 
@@ -201,6 +206,12 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     vec = _vec(segments, [])
     variant = adamw_variant(pending.param.dtype, segments.grad_dtype, keys.dtype, vec)
     ranks = is_begin.cumsum(0) - 1
-    sink = (values, ranks, np.float64(pending.grad_scale), np.int64(pending.mean))
+    address_of = _interop.address_of
+    sink = (
+        address_of(values),
+        address_of(ranks),
+        np.float64(pending.grad_scale),
+        np.int64(pending.mean),
+    )
     _walk(segments, variant, vec, ("coalesce", "coalesce_finish"), sink)
     return rows, values
