@@ -26,13 +26,13 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test lint format doctor bench kernels gpu-check mutants FORCE
+.PHONY: help setup train test lint format doctor bench bench-compare bench-baseline bench-quick bench-gpu kernels gpu-check mutants FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help: ## print this
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 	@echo
 	@echo 'ARGS="..."          passed on to the script (train) or to pytest (test)'
 	@echo 'CUDA=12x|13x|none   which CuPy to install, kept for later calls; auto asks nvidia-smi again'
@@ -60,18 +60,40 @@ format: $(VENV)/lint.installed ## rewrite the code as lint wants it, as far as t
 doctor: $(VENV)/train.installed ## what is installed, does each engine work here, how fast is it
 	$(PY) -m cupy_sparse_adamw
 
-bench: $(VENV)/test.installed ## time one step beside torch's optimizers; best with nothing else running
-	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots; eight minutes, with nothing else running
+	@mkdir -p $(RESULTS)
+	@rm -f $(RESULTS)/all.json
+	$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(RESULTS)/all.json $(ARGS)
+	@$(PY) benchmarks/report.py $(RESULTS)/all.json --plots
+
+bench-compare: | $(PY) ## compare the ratios of the last bench with benchmarks/baseline.json
+	@$(PY) benchmarks/report.py $(RESULTS)/all.json --compare
+
+bench-baseline: | $(PY) ## make the last bench the baseline
+	@$(PY) benchmarks/report.py $(RESULTS)/all.json --write-baseline
+
+# Once more if it fails: what disturbs a machine passes, a slower step stays.
+bench-quick: $(VENV)/test.installed ## a minute of bench, compared with the baseline: is a step much slower?
+	@mkdir -p $(RESULTS)
+	@$(quick) || { echo 'bench-quick: once more, in case something else ran'; $(quick); }
 
 # With the Python that is there and what it has: such machines often have no network.
 gpu-check: ## all that only an NVIDIA GPU can tell, into gpu-check.json; installs nothing
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" benchmarks/gpu_check.py $(ARGS)
+
+bench-gpu: ## time steps on an NVIDIA GPU beside everyone else, into benchmarks/results; installs nothing
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" benchmarks/gpu_bench.py $(ARGS)
 
 kernels: $(VENV)/test.installed ## write docs/kernels.md: what the compiler makes of the CUDA kernels; needs no GPU
 	$(PY) tests/nvrtc.py
 
 mutants: $(VENV)/test.installed ## put small faults into the kernels: does a test catch each? an hour on two cores
 	$(PY) tests/mutate.py $(ARGS)
+
+RESULTS := bench-results
+quick = rm -f $(RESULTS)/quick.json; \
+	$(PY) -m pytest benchmarks -q --quick --benchmark-quiet --benchmark-json=$(RESULTS)/quick.json $(ARGS) \
+	&& $(PY) benchmarks/report.py $(RESULTS)/quick.json --compare
 
 cuda_files = $(wildcard cuda_src/*.cu cuda_src/*.cuh)
 

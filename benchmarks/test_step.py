@@ -1,119 +1,183 @@
-"""One optimizer step on a table of 1M rows, ours beside torch's, with pytest-benchmark.
+"""One optimizer step beside everybody else who updates the touched rows of a table.
 
-Every case is checked for correctness before it is timed. Compilation and first touches happen in
-warm-up rounds. Steps rotate among four gradient sets, and table, moments and gradients are larger
-than the last-level cache, so rows come from memory. Sorting and summing duplicates is part of the
-step for everybody. ``extra_info`` has the bytes that an ideal step moves (DESIGN: 24 U D + 4 N D +
-8 N for fp32), the machine's copy bandwidth, and what share of it the step reaches.
-
-    make bench
+make bench
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import defaultdict
 
 import pytest
+import timing
 import torch
+from cases import Case, Workload
+from conftest import free_memory, note
+from rivals import Ours, SparseAdam, enter
 
-from cupy_sparse_adamw import SparseAdamW
-
-ROWS = 1 << 20
-SETS = 4
-
-#: name -> (D, gradient rows N, Zipf exponent or None for uniform ids)
-CASES = {
-    "D64-uniform": (64, 65_536, None),
-    "D128-uniform": (128, 65_536, None),
-    "D16-uniform": (16, 262_144, None),
-    "D64-zipf": (64, 262_144, 1.2),
-}
+#: The cases of the goals (goals.py). The tables are 16 to 128 times the cache of 32 MiB.
+CASES = [
+    Case("D64-uniform", dim=64, count=65_536),
+    Case("D128-uniform", dim=128, count=65_536),
+    Case("D16-uniform", dim=16, count=262_144),
+    Case("D64-zipf1.2", dim=64, count=262_144, zipf=1.2),
+]
 
 
-def draw_rows(count: int, exponent: float | None) -> torch.Tensor:
-    """Rows [count] int64: uniform, or Zipf over shuffled rows, so that hot rows lie apart."""
-    if exponent is None:
-        return torch.randint(0, ROWS, (count,))
-    weights = torch.arange(1, ROWS + 1, dtype=torch.float64) ** -exponent
-    ranks = torch.searchsorted(weights.cumsum(0) / weights.sum(), torch.rand(count).double())
-    return torch.randperm(ROWS)[ranks.clamp_(max=ROWS - 1)]
+def sweep(name, cases):
+    """Test parameters: cases with the x of their plot."""
+    return [pytest.param(case, name, x, id=case.name) for x, case in cases]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    dim, count, exponent = CASES[request.param]
-    torch.manual_seed(0)
-    grads = [
-        torch.sparse_coo_tensor(
-            draw_rows(count, exponent)[None],
-            torch.randn(count, dim),
-            (ROWS, dim),
-            check_invariants=True,
-        )
-        for _ in range(SETS)
-    ]
-    touched = grads[0]._indices().unique().numel()
-    return {"dim": dim, "grads": grads, "bytes": 24 * touched * dim + 4 * count * dim + 8 * count}
+TOUCHED = sweep(
+    "touched rows",
+    [
+        (n, Case(f"touched-{n}", dim=16, count=n, rows=1 << 21, distinct=True))
+        for n in (1_000, 10_000, 100_000, 300_000, 1_000_000)
+    ],
+)
+SIZES = sweep(
+    "table rows",
+    [
+        (rows, Case(f"rows-{rows}", dim=8, count=65_536, rows=rows))
+        for rows in (10**4, 10**5, 10**6, 10**7, 10**8)
+    ],
+)
+TABLES = sweep(
+    "tables",
+    [
+        (tables, Case(f"tables-{tables}", 16, 19_200 // tables, 1_048_800 // tables, tables))
+        for tables in (1, 10, 100, 300, 1200)
+    ],
+)
+DUPLICATES = sweep(
+    "Zipf exponent",
+    [
+        (alpha, Case(f"zipf-{alpha}", dim=64, count=65_536, zipf=alpha))
+        for alpha in (0.0, 0.4, 0.8, 1.0, 1.2, 1.5)
+    ],
+)
 
 
-@pytest.fixture(scope="module")
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by ``copy_`` of 256 MiB, the median of nine."""
-    source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
-    seconds = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 4 * source.numel() / sorted(seconds[1:])[4]
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.quick] if case.dim < 128 else [])
+        for case in CASES
+    ],
+)
+def test_step(run_case, case):
+    run_case(case)
 
 
-def ours(weight: torch.Tensor) -> torch.optim.Optimizer:
-    return SparseAdamW({"table": weight}, weight_decay=0.0)
+@pytest.mark.parametrize(("case", "axis", "x"), [*TOUCHED, *SIZES, *TABLES, *DUPLICATES])
+def test_sweep(run_case, case, axis, x):
+    run_case(case, sweep=(axis, x))
 
 
-def sparse_adam(weight: torch.Tensor) -> torch.optim.Optimizer:
-    return torch.optim.SparseAdam([weight], eps=1e-8)
+@pytest.mark.quick
+def test_one_id(run_case):
+    """What a step costs before it has anything to do."""
+    run_case(Case("one-id", dim=64, count=1, rows=1000), cold=False)
 
 
-def dense_adamw(weight: torch.Tensor) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([weight], fused=True)
+def test_after_backward(benchmark, request, copy, shrink, rounds):
+    """The step right after one of torch's parallel operations, whose threads still spin."""
+    x, y = torch.zeros(1 << 20), torch.ones(1 << 20)
+    work = Workload(shrink(Case("after-torch-op", dim=64, count=65_536)))
+    (ours, rested, theirs), _ = enter(work, (Ours, Rested, SparseAdam), free_memory())
+    race = timing.Race(ours, [copy, rested, theirs], rounds=rounds, before=lambda: x.add_(y))
+    seconds = race.run(benchmark)
+    figures = timing.summary(race, seconds, work.floor)
+    figures["figures"] = {"of a step at rest": 1 / figures["rivals"][Rested.name]["ratio"]}
+    note(benchmark, request, work.case.name, figures)
 
 
-@pytest.mark.parametrize("make", [ours, sparse_adam, dense_adamw])
-def test_step(benchmark, case, copy_bandwidth, make):
-    weight = torch.nn.Parameter(torch.randn(ROWS, case["dim"]))
-    optimizer, grads = make(weight), case["grads"]
-    if make is dense_adamw:  # it needs the whole table's gradient, which autograd would build
-        grads = [grad.to_dense() for grad in grads[:1]]
-    turn = iter(range(1 << 30))
+class Rested(Ours):
+    name = "the same at rest"
 
-    def step():
-        weight.grad = grads[next(turn) % len(grads)]
-        optimizer.step()
 
-    if make is ours:
-        check_first_update(weight, grads[0])
-    rounds = 5 if make is not ours else 20
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=2)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "ideal_bytes": case["bytes"],
-        "copy_GB_per_s": round(copy_bandwidth / 1e9, 1),
-        "percent_of_copy_bandwidth": round(100 * case["bytes"] / seconds / copy_bandwidth, 1),
+class Scaled:
+    """Us on another workload."""
+
+    def __init__(self, name, case):
+        self.name, self.case = name, case
+        (self.ours,), _ = enter(Workload(case), (Ours,), free_memory())
+        self.ours.work.release()
+        self.load, self.step = self.ours.load, self.ours.step
+
+
+def race_of_ours(benchmark, request, copy, rounds, name, case, others):
+    """Time a case beside other cases of ours. Returns the figures, with the case's own floor."""
+    ours = Scaled(name, case)
+    race = timing.Race(ours, [copy, *(Scaled(*other) for other in others)], rounds=rounds)
+    seconds = race.run(benchmark)
+    figures = timing.summary(race, seconds, ours.ours.work.floor)
+    figures["figures"] = {}
+    note(benchmark, request, name, figures)
+    return {other: 1 / found["ratio"] for other, found in figures["rivals"].items()}
+
+
+def test_hot_id(benchmark, request, copy, shrink, rounds):
+    """A tenth of the batch is one id, beside the same batch without it."""
+    plain = shrink(Case("without it", dim=64, count=262_144))
+    hot = plain._replace(hot=0.1)
+    found = race_of_ours(benchmark, request, copy, rounds, "hot-id", hot, [("without it", plain)])
+    benchmark.extra_info["figures"]["of the batch without it"] = found["without it"]
+
+
+def test_table_size(benchmark, request, copy, shrink, rounds):
+    """A table of 10^8 rows beside one of 10^7, the same number of ids, per touched row."""
+    large = shrink(Case("rows-10^8", dim=8, count=65_536, rows=10**8))
+    small = large._replace(rows=large.rows // 10)
+    touched = [sum(len(ids[0].unique()) for ids in Workload(case).ids) for case in (large, small)]
+    found = race_of_ours(
+        benchmark, request, copy, rounds, "table-size", large, [("10^7 rows", small)]
+    )
+    per_row = found["10^7 rows"] * touched[1] / touched[0]
+    benchmark.extra_info["figures"]["per row, of 10^7 rows"] = per_row
+
+
+def test_linear(benchmark, request, copy, shrink, rounds):
+    """10^6 touched rows beside 10^5 and 3 × 10^5, per row."""
+    many = shrink(Case("10^6", dim=64, count=1_000_000, rows=1 << 21, distinct=True))
+    fewer = {f"{k} × 10^5 rows": many._replace(count=many.count * k // 10) for k in (1, 3)}
+    found = race_of_ours(
+        benchmark, request, copy, rounds, "touched-linear", many, list(fewer.items())
+    )
+    for name, case in fewer.items():
+        per_row = found[name] * case.count / many.count
+        benchmark.extra_info["figures"][f"per row, of {name}"] = per_row
+
+
+@pytest.mark.quick
+def test_many_tables(benchmark, request, shrink, rounds):
+    """300 tables × 64 ids beside one table × 19,200 ids; engine and host apart."""
+    many = shrink(Case("300 tables", dim=16, count=64, rows=3496, tables=300))
+    one = many._replace(count=many.count * many.tables, rows=many.rows * many.tables, tables=1)
+    many_tables, one_table = Scaled("300 tables", many), Scaled("one table", one)
+    race = timing.Race(many_tables, [one_table], rounds=rounds)
+    seconds = race.run(benchmark)
+    figures = timing.summary(race, seconds)
+    # In rounds of their own, since the clock itself takes time.
+    clock, engine, host = timing.EngineClock(), defaultdict(list), defaultdict(list)
+    for turn in range(3 * rounds):
+        for who in (many_tables, one_table):
+            who.load(turn)
+            timing.settle(timing.SETTLE_S)
+            with clock.running():
+                begin = time.perf_counter()
+                who.step()
+                seconds = time.perf_counter() - begin
+            engine[who.name].append(clock.seconds)
+            host[who.name].append(seconds - clock.seconds)
+    name = many_tables.name
+    figures["figures"] = {
+        "engine, of one table": timing.ratio(dict(enumerate(engine[name])), engine["one table"])[0],
+        "engine ms": 1e3 * statistics.median(engine[name]),
+        "engine ms, one table": 1e3 * statistics.median(engine["one table"]),
+        "host µs a table": 1e6 * statistics.median(host[name]) / many.tables,
+        "host µs, one table": 1e6 * statistics.median(host["one table"]),
     }
-
-
-def check_first_update(weight: torch.Tensor, grad: torch.Tensor) -> None:
-    """Ours, on a copy, against torch.optim.AdamW on the touched rows; other rows bit for bit."""
-    updated = torch.nn.Parameter(weight.detach().clone())
-    updated.grad = grad
-    ours(updated).step()
-    coalesced = grad.coalesce()
-    touched = coalesced.indices()[0]
-    rows = torch.nn.Parameter(weight.detach()[touched])
-    rows.grad = coalesced.values()
-    torch.optim.AdamW([rows], weight_decay=0.0).step()
-    torch.testing.assert_close(updated[touched], rows, rtol=1e-5, atol=1e-6)
-    changed = (updated != weight).any(1).nonzero().flatten()
-    assert torch.equal(changed, touched)
+    note(benchmark, request, "many-tables", figures)

@@ -264,7 +264,7 @@ class HashTable(torch.nn.Module, Table):
         self._accept(rows, grad, self._store.ids_by_row)
 
     def _accept(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
-        grad = self._require_grad(self._label, "grad", grad, rows).detach()
+        grad = self._require_grad(self._label, "grad", grad, rows).detach().resolve_neg()
         if self.copy_grads or grad.is_inference():  # inference tensors count no versions
             with torch.inference_mode(False):
                 grad = grad.clone(memory_format=torch.contiguous_format)

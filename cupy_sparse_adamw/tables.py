@@ -111,6 +111,7 @@ class _Over:
             tensor.data_ptr() == self._address
             and tensor.dtype is self._dtype
             and tensor.shape == self._shape
+            and tensor.is_contiguous()
         )
 
 
@@ -231,6 +232,11 @@ class EmbeddingTable(Table):
                     f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
                     f"before it is trained, or make a new optimizer"
                 )
+            if not x.is_contiguous():
+                raise RuntimeError(
+                    f"table {name!r}: its {key} is not contiguous; use "
+                    f"optimizer.state[...][{key!r}] = moments.contiguous()"
+                )
 
     def clear_pending(self, set_to_none: bool = True) -> None:
         """Drop ``weight.grad``, or make it a zero without entries, as torch does."""
@@ -265,6 +271,7 @@ class EmbeddingTable(Table):
         """Put copies made by ``build_moments`` into the optimizer's state."""
         state.pop("exp_avg", None)
         state.pop("exp_avg_sq", None)
+        self._moments = None  # or they would hold the memory until the next step
         if built is not None:
             state["exp_avg"], state["exp_avg_sq"] = built
 

@@ -573,6 +573,14 @@ def test_accept_grad_copies_rows():
     assert table.grad().indices().tolist() == [[0, 1]]
 
 
+def test_accept_grad_of_a_negative_view(engine):
+    """torch keeps the sign of such a view beside the memory, which kernels do not see."""
+    table = HashTable([2])
+    table(torch.arange(2))
+    table.accept_grad(torch.tensor([1]), torch._neg_view(torch.ones(1, 2)))
+    assert table.grad().to_dense().tolist() == [[0.0, 0.0], [-1.0, -1.0]]
+
+
 def test_accept_grad_in_inference_mode():
     table = HashTable([1])
     table(torch.arange(3))

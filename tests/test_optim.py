@@ -509,3 +509,19 @@ def test_a_coalesced_gradient_says_so_to_the_engines():
         pending = as_table("table", weight).pending("table")
         assert pending is not None
         assert pending.coalesced == weight.grad.is_coalesced()
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_replaced_by_hand_are_seen(key):
+    weight = torch.nn.Parameter(torch.zeros(3, 3))
+    optimizer = SparseAdamW({"table": weight})
+    weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (3, 3), check_invariants=True)
+    optimizer.step()
+    optimizer.state[weight][key] = torch.zeros(3, 3)
+    optimizer.step()
+    assert optimizer.state[weight][key][1].ne(0).all()
+    optimizer.state[weight][key] = optimizer.state[weight][key].t()
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match=f"table 'table': its {key} is not contiguous"):
+        optimizer.step()
+    assert torch.equal(weight, before)

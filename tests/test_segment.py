@@ -109,6 +109,29 @@ def test_tables_pieces_and_missing_rows(threads_set_to):
     check(tables)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 1024])
+def test_the_key_of_missing_rows_fits(num_rows, threads_set_to):
+    """It is the number of rows: at a power of two it needs one more bit than any row."""
+    threads_set_to(2)
+    rows = torch.randint(MISSING, num_rows, (20_000,))
+    check([pending_of(num_rows, rows, drop_missing=True)])
+
+
+def test_a_sort_key_has_63_bits():
+    check([pending_of(2**61 - 1, torch.tensor([2**61 - 2, 0, 5]))])  # 61 bits and 2
+    with pytest.raises(OverflowError, match="2305843009213693952 rows and 3 gradient rows"):
+        cpu.segment([pending_of(2**61, torch.tensor([2**61 - 1, 0, 5]))])
+
+
+def test_a_small_step_gives_a_large_buffer_up():
+    cpu._free_buffers.clear()
+    check([pending_of(1 << 20, torch.randint(0, 1 << 20, (200_000,)))])
+    assert [buffer.size for buffer in cpu._free_buffers] == [400_000]
+    for _ in range(2):
+        check([pending_of(9, torch.tensor([8, 1, 8]))])
+    assert sum(buffer.size for buffer in cpu._free_buffers) < 100_000
+
+
 def test_segments_that_live_at_once_share_no_memory():
     torch.manual_seed(0)
     tables = [pending_of(1000, torch.randint(0, 1000, (5000,))) for _ in range(6)]

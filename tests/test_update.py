@@ -247,7 +247,8 @@ def test_a_hot_row_is_summed_accurately(engine):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [[1, 2, 3], [3, 1, 3]])
-def test_strides_of_gradients(engine, dtype, rows):
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])  # the second rounds
+def test_strides_of_gradients(engine, dtype, rows, scale):
     """Expanded, transposed and sliced gradients: the same bits as a contiguous copy."""
     base = torch.randn(12, 12).to(dtype)
     views = [
@@ -261,7 +262,7 @@ def test_strides_of_gradients(engine, dtype, rows):
     values = torch.randn(5, 4).to(dtype)
     for grad in views:
         strided, plain = Table(values), Table(values)
-        options = {"grad_scale": 1 / 3}  # a scale that rounds
+        options = {"grad_scale": scale}
         step([strided], [strided.pending((rows, grad), **options)])
         step([plain], [plain.pending((rows, grad.contiguous()), **options)])
         for ours, theirs in zip(strided.values(), plain.values(), strict=True):
@@ -287,6 +288,55 @@ def test_scale_and_mean(engine, scale, mean):
     if mean:
         expected /= torch.tensor([[1.0], [3.0]], dtype=torch.float64)
     torch.testing.assert_close(values, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("strided_first", [False, True])
+def test_pieces_of_different_strides(engine, strided_first):
+    """A run over a contiguous and a strided piece: the bits of one contiguous piece."""
+    wide = torch.randn(9, 8)
+    pieces = [([2, 1, 2, 2, 2], torch.randn(5, 4)), ([2, 2, 0, 2, 2, 2, 2, 2, 2], wide[:, ::2])]
+    if strided_first:
+        pieces.reverse()
+    values = torch.randn(3, 4)
+    apart, together = Table(values), Table(values)
+    step([apart], [apart.pending(*pieces)])
+    rows = [row for piece_rows, _ in pieces for row in piece_rows]
+    grads = torch.cat([grad for _, grad in pieces])
+    step([together], [together.pending((rows, grads))])
+    for ours, theirs in zip(apart.values(), together.values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize("copies", [2048, 2049, 5000])  # around a chunk of the CPU engine
+@pytest.mark.parametrize(("scale", "mean"), [(1 / 3, False), (0.5, True)])
+def test_scale_and_mean_of_a_hot_row(engine, scale, mean, copies):
+    table = Table(torch.randn(4, 2, dtype=torch.float64))
+    oracle = Oracle(table.values()[0])
+    rows = [1, *[2] * copies, 3]
+    grads = torch.randn(copies + 2, 2, dtype=torch.float64)
+    step([table], [table.pending((rows, grads), grad_scale=scale, mean=mean)])
+    oracle.step(rows, grads, scale, mean)
+    for ours, exact in zip(
+        table.values(), (oracle.param, oracle.exp_avg, oracle.exp_avg_sq), strict=True
+    ):
+        assert relative_error(ours, exact) <= 1e-12
+
+
+def test_tables_of_a_group_differ_in_scale_and_mean(engine):
+    grads = torch.randn(3, 2, dtype=torch.float64)
+    options = [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
+    tables = [Table(torch.ones(2, 2, dtype=torch.float64)) for _ in options]
+    step(
+        tables,
+        [
+            table.pending(([1, 0, 1], grads), grad_scale=scale, mean=mean)
+            for table, (scale, mean) in zip(tables, options, strict=True)
+        ],
+    )
+    for table, (scale, mean) in zip(tables, options, strict=True):
+        oracle = Oracle(torch.ones(2, 2, dtype=torch.float64))
+        oracle.step([1, 0, 1], grads, scale, mean)
+        assert relative_error(table.values()[1], oracle.exp_avg) <= 1e-14
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

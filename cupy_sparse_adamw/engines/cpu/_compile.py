@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import warnings
@@ -63,6 +64,13 @@ def _cache_dir() -> str:
 
 
 _CACHE_DIR = _cache_dir()
+
+if not any(pathlib.Path(_CACHE_DIR).glob("**/*.nbi")):  # Numba's index files
+    logging.getLogger("cupy_sparse_adamw").warning(
+        "compiling the CPU kernels, which takes some seconds when one is first used; they are kept "
+        "in %s",
+        _CACHE_DIR,
+    )
 
 
 @contextlib.contextmanager

@@ -113,6 +113,11 @@ def num_parts(size: int, grain: int) -> int:
     return max(1, min(threads * PARTS_PER_THREAD if threads > 1 else 1, size // max(grain, 1)))
 
 
+def cuts(size: int, parts: int) -> list[int]:
+    """Where ``parallel_for`` cuts ``size`` items, from 0 to ``size``."""
+    return [size * i // parts for i in range(parts + 1)]
+
+
 def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) -> list[int]:
     """Call ``kernel(part, begin, end, *args)`` on ``parts`` consecutive parts of [0, size).
 
@@ -122,7 +127,7 @@ def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) 
     """
     if parts == 1:
         return [kernel(0, 0, size, *args)]
-    job = _Job(kernel, [size * i // parts for i in range(parts + 1)], args)
+    job = _Job(kernel, cuts(size, parts), args)
     helpers = min(torch.get_num_threads(), parts) - 1
     while len(_threads) < helpers:
         thread = threading.Thread(

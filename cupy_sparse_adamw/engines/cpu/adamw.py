@@ -26,9 +26,9 @@ from .segment import CHUNK, Segments, segment
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
-#: Sorted positions between asking for a row and using it, at most; a power of two.
-MAX_AHEAD = 32
-#: Bytes asked for and not yet used, at most: an eighth of a small second-level cache.
+#: Sorted positions between asking for a row and using it, at least and at most.
+MIN_AHEAD, MAX_AHEAD = 4, 32
+#: Bytes to ask for and not yet use between those two: an eighth of a small second-level cache.
 BYTES_AHEAD = 1 << 16
 
 
@@ -307,7 +307,7 @@ def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
         _add(total, grads.partials + chunk * grads.dim * 8, 1, FLOAT64)
 
 
-@jit
+@jit  # called, not compiled in: the loop that mostly has no use for it runs better without
 def _sum_run(total, begin, end, scale, grads, pieces):  # type: ignore[no-untyped-def]
     """The sum of a run times ``scale``, into total [D] float64."""
     if end - begin > CHUNK:
@@ -419,7 +419,7 @@ def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
         len(segments.long_runs),
         partials.ctypes.data,
         segments.dim,
-        min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), 4), MAX_AHEAD),
+        min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
         itemsize,
         TAGS[segments.grad_dtype],
     )

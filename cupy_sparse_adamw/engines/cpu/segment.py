@@ -11,6 +11,7 @@ coalesced gradient, is not sorted. Memory: two words (16 bytes) a gradient row.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import weakref
@@ -22,7 +23,7 @@ import torch
 from ..._checks import row_error
 from ..._types import MISSING, Pending
 from ._compile import INT64, inline, jit, view
-from ._threads import num_parts, parallel_for
+from ._threads import cuts, num_parts, parallel_for
 
 #: Runs longer than this are summed in chunks of this length, by all threads, then combined in
 #: order. It is part of the definition of a row's sum: chunks count from the run's start.
@@ -39,28 +40,27 @@ DIGIT_BITS = 10
 FEW = 32
 #: Buffers kept for later steps: a step takes one per group of tables.
 MAX_BUFFERS = 4
+#: A buffer serves a batch that is so many times smaller than it, or smaller than LITTLE words.
+MAX_SPARE = 8
+LITTLE = 1 << 16
 
-_free_buffers: list[np.ndarray] = []
+_free_buffers: collections.deque[np.ndarray] = collections.deque(maxlen=MAX_BUFFERS)
 
 
 def _take_buffer(size: int) -> np.ndarray:
-    """Room for ``size`` words, until ``_give_back``.
+    """Room for ``size`` words, to be put back into ``_free_buffers``.
 
-    Buffers go round, since a fresh page costs more than it takes to sort the words in it.
+    Buffers go round, since a fresh page costs more than it takes to sort the words in it. Groups
+    take them in the order in which they put them back. One that does not fit is let go.
     """
     while _free_buffers:
         try:
-            buffer = _free_buffers.pop()
+            buffer = _free_buffers.popleft()
         except IndexError:  # another thread was faster
             break
-        if buffer.size >= size:
+        if size <= buffer.size <= max(MAX_SPARE * size, LITTLE):
             return buffer
     return np.empty(size, dtype=np.int64)
-
-
-def _give_back(buffer: np.ndarray) -> None:
-    if len(_free_buffers) < MAX_BUFFERS:
-        _free_buffers.append(buffer)
 
 
 @dataclasses.dataclass
@@ -297,8 +297,8 @@ def segment(pending: Sequence[Pending]) -> Segments:
             table, piece = pieces[number]
             row = int(piece.rows[position - int(piece_starts[number])])
             raise row_error(pending[table].name, row, pending[table].count_rows())
-    cuts = [size * i // parts for i in range(1, parts)]
-    if -2 in found or any(words[cut - 1] > words[cut] for cut in cuts):
+    inner_cuts = cuts(size, parts)[1:-1]
+    if -2 in found or any(words[cut - 1] > words[cut] for cut in inner_cuts):
         words = _sort(words, scratch, position_bits, digit_shift, counts)
     long_runs = np.empty((size // CHUNK, 3), dtype=np.int64)
     num_kept, num_long_runs, num_chunks = _find_long_runs(words, position_bits, num_keys, long_runs)
@@ -319,5 +319,5 @@ def segment(pending: Sequence[Pending]) -> Segments:
         long_runs=long_runs[:num_long_runs],
         num_chunks=num_chunks,
     )
-    weakref.finalize(segments, _give_back, buffer).atexit = False
+    weakref.finalize(segments, _free_buffers.append, buffer).atexit = False
     return segments

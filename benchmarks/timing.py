@@ -1,0 +1,234 @@
+"""How it is timed: everybody in one process on the same inputs, one after the other, again and
+again; ratios are taken round by round.
+
+A disturbance of seconds, of which a shared machine has many, hits all of a round alike, so the
+median of a round's ratios repeats better than the ratio of two medians.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+
+from cupy_sparse_adamw import functional
+
+ROUNDS = 20
+#: A rival slower than so many seconds takes part in so many rounds; the report shows how many.
+FEWER_ROUNDS = {1.0: 1, 0.5: 3, 0.15: 5}
+#: One slower than this is not warmed up again.
+ONE_WARMUP_S = 0.5
+#: Seconds of waiting before each timed call. An OpenMP thread of torch spins for up to 10 ms after
+#: an operation; whoever comes next is not to pay for it. (A wait that sleeps instead would let the
+#: scheduler put both threads of the next step on one core.)
+SETTLE_S = 0.012
+#: Bytes of the copy that tells the memory's bandwidth, read and written: far beyond the cache.
+COPY_BYTES = 1 << 29
+
+
+class Timed(Protocol):
+    """What a race needs of somebody who takes part."""
+
+    name: str
+
+    def load(self, turn: int) -> None: ...
+
+    def step(self) -> None: ...
+
+
+class Copy:
+    """The yardstick: ``copy_`` of memory that no cache holds, all of it written before."""
+
+    name = "copy"
+
+    def __init__(self) -> None:
+        self.source = torch.ones(COPY_BYTES // 8)
+        self.target = torch.full_like(self.source, 2.0)
+
+    def load(self, turn: int) -> None:
+        pass
+
+    def step(self) -> None:
+        self.target.copy_(self.source)
+
+
+def settle(seconds: float) -> None:
+    """Wait without giving up the core."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU seconds so far of all processes, and of this one; zeros where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split()
+    except OSError:
+        return 0.0, 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+    own = os.times()
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+class Race:
+    """Rounds in which every rival is timed once and then we are, by pytest-benchmark.
+
+    Args:
+        ours: whose time is the benchmark's.
+        rivals: the others.
+        rounds: how many rounds count.
+        warmup: rounds before those; each gradient set is met in them.
+        wait: seconds of ``settle`` before each timed call.
+        before: called right before each of our steps instead of settling.
+    """
+
+    def __init__(
+        self,
+        ours: Timed,
+        rivals: Sequence[Timed],
+        rounds: int = ROUNDS,
+        warmup: int = 4,
+        wait: float = SETTLE_S,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        self.ours, self.rivals = ours, list(rivals)
+        self.rounds, self.warmup, self.wait = rounds, warmup, wait
+        self.before = before or (lambda: settle(wait))
+        #: name -> round -> seconds, without the warm-up
+        self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
+        self.others = 0.0  # the share of the busy CPU time that was not this process's
+        self.fastest: dict[str, float] = {}  # name -> seconds in the warm-up
+        self.turn = -warmup
+
+    def every(self, name: str) -> int:
+        """A rival takes part in every k-th round, by its fastest step of the warm-up."""
+        for limit, fewer in FEWER_ROUNDS.items():
+            if self.fastest.get(name, 0.0) > limit:
+                return math.ceil(self.rounds / fewer)
+        return 1
+
+    def time_rivals(self) -> None:
+        """One round of all but us, beginning with another one each time; then load ours."""
+        turn = self.turn
+        self.turn += 1
+        first = turn % max(len(self.rivals), 1)
+        for rival in self.rivals[first:] + self.rivals[:first]:
+            if turn < 0 and self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S:
+                continue
+            if turn >= 0 and turn % self.every(rival.name) != 0:
+                continue
+            rival.load(turn + self.warmup)
+            settle(self.wait)
+            begin = time.perf_counter()
+            rival.step()
+            seconds = time.perf_counter() - begin
+            if turn >= 0:
+                self.seconds[rival.name][turn] = seconds
+            else:
+                self.fastest[rival.name] = min(seconds, self.fastest.get(rival.name, seconds))
+        self.ours.load(turn + self.warmup)
+        self.before()
+
+    def run(self, benchmark: Any) -> list[float]:
+        """Time everybody. Returns our seconds, round by round."""
+        before = cpu_seconds()
+        benchmark.pedantic(
+            self.ours.step, setup=self.time_rivals, rounds=self.rounds, warmup_rounds=self.warmup
+        )
+        total, own = (after - then for after, then in zip(cpu_seconds(), before, strict=True))
+        self.others = max(total - own, 0.0) / total if total else 0.0
+        return list(benchmark.stats.stats.data)
+
+
+def ratio(theirs: dict[int, float], ours: Sequence[float]) -> tuple[float, float]:
+    """Their time over ours: the median of the rounds that both ran, and its quartiles' distance.
+
+    Args:
+        theirs: round -> seconds.
+        ours: seconds of every round.
+    """
+    ratios = sorted(seconds / ours[turn] for turn, seconds in theirs.items())
+    if len(ratios) < 2:
+        return ratios[0], 0.0
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), high - low
+
+
+def summary(race: Race, ours: Sequence[float], floor: float | None = None) -> dict[str, Any]:
+    """The figures of a race, for ``extra_info``.
+
+    Args:
+        floor: bytes that an ideal step moves, over the bandwidth of ``Copy`` in the same round.
+    """
+    result: dict[str, Any] = {
+        "ours_ms": 1e3 * statistics.median(ours),
+        "rounds": race.rounds,
+        "others": race.others,
+        "rivals": {},
+    }
+    for name, theirs in race.seconds.items():
+        middle, spread = ratio(theirs, ours)
+        if name != Copy.name:
+            result["rivals"][name] = {
+                "ms": 1e3 * statistics.median(theirs.values()),
+                "ratio": middle,
+                "spread": spread / middle,
+                "rounds": len(theirs),
+            }
+        elif floor is not None:
+            copy_s = statistics.median(theirs.values())
+            result["floor"] = {
+                "bytes": floor,
+                "ms": 1e3 * floor / COPY_BYTES * copy_s,
+                "percent": 100 * floor / COPY_BYTES * middle,
+                "spread": spread / middle,
+                "GB_per_s": floor / statistics.median(ours) / 1e9,
+                "copy_GB_per_s": COPY_BYTES / copy_s / 1e9,
+            }
+    return result
+
+
+class EngineClock:
+    """Seconds that a step spends in ``functional.segment`` and ``functional.sparse_adamw_``.
+
+    That is the engine: sorting and updating, with what prepares its kernels' arguments. The rest
+    of a step is what the host pays for groups, tables and checks.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens in the block."""
+        self.seconds = 0.0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                begin = time.perf_counter()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self.seconds += time.perf_counter() - begin
+
+            return call
+
+        with (
+            mock.patch.object(functional, "segment", counted(functional.segment)),
+            mock.patch.object(functional, "sparse_adamw_", counted(functional.sparse_adamw_)),
+        ):
+            yield
+        if self.seconds == 0.0:
+            raise RuntimeError(
+                "the step called neither functional.segment nor functional.sparse_adamw_: what an "
+                "engine is has changed, and this clock must follow"
+            )
