@@ -1,4 +1,4 @@
-"""What the benchmarks are to reach on two cores: issue 4's table, as data."""
+"""What benchmarks are to reach on two cores: the goals of docs/performance.md, as data."""
 
 from __future__ import annotations
 
