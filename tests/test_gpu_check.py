@@ -35,10 +35,12 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 """
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
-    output = tmp_path / "gpu-check.json"
+@pytest.mark.parametrize(
+    ("script", "name"), [("gpu_check.py", "gpu-check"), ("gpu_bench.py", "bench-gpu")]
+)
+def test_without_a_gpu_it_says_so_and_writes_nothing(script, name, tmp_path):
     result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--output", output],
+        [sys.executable, ROOT / "benchmarks" / script, "--output", tmp_path / "result.json"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -46,7 +48,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("gpu-check: torch ")
+    assert result.stderr.startswith(f"{name}: torch ")
     assert len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
