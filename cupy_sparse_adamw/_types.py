@@ -21,6 +21,8 @@ MOMENT_DTYPE = {
 
 #: Row number that means "no row": a lookup that found nothing. Its gradient is dropped.
 MISSING = -1
+#: In an index: the entry's id was taken out, and searches go on behind it.
+DELETED = -2
 
 
 class Slot:
@@ -57,6 +59,22 @@ class Slot:
         """The slot whose only block is ``weight`` [R, D] (contiguous) itself."""
         slot = cls(name, weight.shape[1], max(weight.shape[0], 1), weight.dtype, weight.device)
         slot._append(weight)
+        return slot
+
+    @classmethod
+    def over_blocks(
+        cls,
+        name: str,
+        dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: list[torch.Tensor],
+    ) -> Slot:
+        """The slot whose blocks are ``blocks``, each [block_size, D] (contiguous), themselves."""
+        slot = cls(name, dim, block_size, dtype, device)
+        for block in blocks:
+            slot._append(block)
         return slot
 
     def __getstate__(self) -> dict[str, object]:
@@ -154,8 +172,8 @@ class RowIndex:
     """Which row each id has, and which rows are free; all on one device.
 
     Attributes:
-        entries: [C, 2] int64 (id, row), C a power of two, open addressing with linear probing; a
-            row below 0 (``MISSING``) marks a free entry.
+        entries: [C, 2] int64 (id, row), open addressing with linear probing; the row of a free
+            entry is ``MISSING``, that of one whose id was taken out ``DELETED``.
         counters: [3] int64: rows numbered so far, which is the next fresh row; free rows among
             them; and room for the CUDA engine to count in, 0 between calls.
         free_rows: [F] int64, of which the first ``counters[1]`` are free rows. New ids take them

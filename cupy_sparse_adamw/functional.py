@@ -187,6 +187,22 @@ def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> Non
     _engine(entries.device).insert_(entries, ids, rows)
 
 
+def rehash_(entries: torch.Tensor, target: torch.Tensor) -> None:
+    """Put all ids of an index [C, 2] int64, with their rows, into an empty one [C', 2]."""
+    _engine(entries.device).rehash_(entries, target)
+
+
+def delete_(index: RowIndex, ids: torch.Tensor) -> torch.Tensor:
+    """Take ids [N] int64 out of an index, whose list of free rows has room for theirs.
+
+    Returns:
+        rows [N] int64: the row that an id had; ``MISSING`` where it had none, and at all
+        occurrences of an id but one.
+    """
+    rows: torch.Tensor = _engine(index.entries.device).delete_(index, ids)
+    return rows
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether what is done on the device now is recorded into a CUDA graph rather than done."""
     return bool(_engine(device).is_capturing(device))
@@ -199,7 +215,10 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
 
 
 def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Overwrite the named rows [N] by values [N, D]; of a row named twice the last value stays."""
+    """Overwrite the named rows [N] by values [N, D]; of a row named twice the last value stays.
+
+    A value for ``MISSING`` goes nowhere.
+    """
     _engine(slot.device).scatter_(slot, rows, values)
 
 

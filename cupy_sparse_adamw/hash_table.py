@@ -12,7 +12,7 @@ from ._types import MISSING, Pending, Slot
 from .hooks import AdmitHook
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrad, LookupGrads
-from .row_store import EXP_AVG, EXP_AVG_SQ, RowStore
+from .row_store import EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore
 from .tables import Table, dtype_name, require_moments, require_piece
 
 
@@ -24,15 +24,15 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, rows: torch.Tensor, table: HashTable) -> Any:
-        ctx.save_for_backward(rows)
-        ctx.table, ctx.ids_by_row = table, table._store.ids_by_row
+        ctx.save_for_backward(rows)  # so that a second backward is refused, as for any other node
+        ctx.table, ctx.found = table, table._store.follow(FoundRows(rows))
         return functional.gather(table._store.embedding, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        ctx.table._accept(rows, grad, ctx.ids_by_row)
+        _ = ctx.saved_tensors
+        ctx.table._accept(ctx.found, grad)
         return None, None, None
 
 
@@ -182,8 +182,11 @@ class HashTable(torch.nn.Module, Table):
         return self._store.ids(), self._store.rows()
 
     def embeddings(self) -> torch.Tensor:
-        """A copy of the embeddings by row number, [n, *embedding_shape]."""
-        values = functional.gather(self._store.embedding, self._store.rows())
+        """A copy of the embeddings by row number, [rows, *embedding_shape]; zeros in free rows."""
+        rows = torch.full((self._store.num_numbered,), MISSING, device=self.device)
+        in_use = self._store.rows()
+        rows[in_use] = in_use
+        values = functional.gather(self._store.embedding, rows)
         return values.view(-1, *self.embedding_shape)
 
     # ------------------------------------------------------------------ lookup
@@ -250,25 +253,24 @@ class HashTable(torch.nn.Module, Table):
 
         Raises:
             TypeError, ValueError: dtype, shape or device do not fit.
-            IndexError: a row is not in the table (on the CPU).
+            IndexError: no id has a row (on a GPU the step says so, unless ids were deleted).
         """
         rows = _checks.require_ids(rows, "rows")
         if rows.dim() != 1:
             raise ValueError(f"rows must have shape [N], got {list(rows.shape)}")
         rows = self._flat(rows).clone()
-        if rows.numel() and self.device.type == "cpu":
-            low, high = (int(x) for x in rows.aminmax())
-            if low < 0 or high >= self._store.num_rows:
-                bad = low if low < 0 else high
-                raise _checks.row_error(self._label, bad, self._store.num_rows)
-        self._accept(rows, grad, self._store.ids_by_row)
+        if self.device.type == "cpu" or self._store.has_deleted():
+            unused = self._store.unused(rows)
+            if unused.numel():
+                raise _checks.row_error(self._label, int(unused[0]), self._store.num_numbered)
+        self._accept(self._store.follow(FoundRows(rows)), grad)
 
-    def _accept(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
-        grad = self._require_grad(self._label, "grad", grad, rows).detach().resolve_neg()
+    def _accept(self, found: FoundRows, grad: torch.Tensor) -> None:
+        grad = self._require_grad(self._label, "grad", grad, found.rows).detach().resolve_neg()
         if self.copy_grads or grad.is_inference():  # inference tensors count no versions
             with torch.inference_mode(False):
                 grad = grad.clone(memory_format=torch.contiguous_format)
-        self._grads.append(rows, grad, ids_by_row)
+        self._grads.append(found, grad)
 
     def _require_grad(self, name: str, what: str, grad: Any, rows: torch.Tensor) -> torch.Tensor:
         """Gradients [N, D] for rows [N], of a dtype that the table takes."""
@@ -290,8 +292,8 @@ class HashTable(torch.nn.Module, Table):
         """The gradients reduced by row and divided by ``acc_step``.
 
         Returns:
-            A coalesced sparse COO tensor of shape [n, *embedding_shape] whose indices are rows. It
-            has no entries where there are no gradients.
+            A coalesced sparse COO tensor of shape [rows, *embedding_shape] whose indices are rows.
+            It has no entries where there are no gradients.
 
         Raises:
             TypeError, ValueError: ``acc_step`` is no int of at least 1.
@@ -307,7 +309,7 @@ class HashTable(torch.nn.Module, Table):
         return torch.sparse_coo_tensor(
             rows[None],
             (values / acc_step).view(-1, *self.embedding_shape),
-            (self._store.num_rows, *self.embedding_shape),
+            (self._store.num_numbered, *self.embedding_shape),
             device=self.device,
             is_coalesced=True,
             check_invariants=False,
@@ -352,6 +354,20 @@ class HashTable(torch.nn.Module, Table):
         ).detach()
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
         functional.scatter_(self._store.embedding, self._store.find_or_insert(flat), values)
+
+    def delete(self, ids: torch.Tensor) -> None:
+        """Remove ids, their moments with them; those that the table does not hold are passed over.
+
+        Their rows are given to ids that come later, which start with fresh weights and zero
+        moments. Gradients of removed ids are dropped. Memory is kept: ``clear`` gives it back.
+
+        Args:
+            ids: int64 or int32 of any shape, duplicates allowed.
+
+        Raises:
+            TypeError: ids are no integers.
+        """
+        self._store.delete(self._flat(_checks.require_ids(ids)))
 
     def clear(self) -> None:
         """Remove every row, its moments with it, and give their memory back."""
@@ -428,9 +444,8 @@ class HashTable(torch.nn.Module, Table):
         require_fits(self._store.distribution, dtype)
         if dtype == self.dtype and device == self.device:
             return self
-        before = self._store.ids_by_row
         self._store.move(device, dtype)
-        self._grads.follow_move(fn, before, device)
+        self._grads.follow_move(fn, device)
         return self
 
     # ------------------------------------------------------------------ for the optimizer
@@ -514,7 +529,7 @@ class HashTable(torch.nn.Module, Table):
                 raise ValueError(f"table {name!r}: a saved gradient has no 'grad'")
             grad = piece["grad"].to(self.device, copy=True)
             grad = self._require_grad(name, "its saved gradient", grad, rows)
-            grads.append(LookupGrad(rows, grad, self._store.ids_by_row))
+            grads.append(LookupGrad(self._store.follow(FoundRows(rows)), grad))
         return grads
 
     def install_pending(self, built: Any) -> None:

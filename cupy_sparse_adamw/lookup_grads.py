@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from . import functional
-from ._types import MISSING, PendingGrad, Slot
-from .row_store import RowStore
+from ._types import MISSING, PendingGrad
+from .row_store import FoundRows, RowStore
 
 
 @dataclasses.dataclass
@@ -18,16 +18,14 @@ class LookupGrad:
     """What one backward through one lookup left.
 
     Attributes:
-        rows: [N] int64, as they were numbered when the lookup was made.
+        found: rows [N] as they were numbered when the lookup was made, followed since.
         grad: [N, D].
-        ids_by_row: the store's slot of that name at that time: which id each row meant.
         version: how often ``grad`` had been written to when it was handed over.
         stream: the CUDA stream that backward ran on, which may still be writing ``grad``.
     """
 
-    rows: torch.Tensor
+    found: FoundRows
     grad: torch.Tensor
-    ids_by_row: Slot
     version: int = dataclasses.field(init=False)
     stream: torch.cuda.Stream | None = dataclasses.field(init=False, default=None)
 
@@ -52,26 +50,31 @@ class LookupGrad:
         if current != self.stream:
             current.wait_stream(self.stream)
             self.grad.record_stream(current)
-            self.rows.record_stream(current)
+            self.found.rows.record_stream(current)
 
 
 class LookupGrads:
     """All that has been left since the last ``clear``, in order.
 
-    Rows may be renumbered meanwhile (clear, load): gradients find their rows again by id, and
-    those whose id is gone are dropped.
+    Rows may change hands meanwhile (delete, clear, load): gradients find their rows again by id,
+    and those whose id is gone are dropped.
     """
 
     def __init__(self, store: RowStore) -> None:
         self._store = store
         self._grads: list[LookupGrad] = []
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for left in self._grads:
+            self._store.follow(left.found)
+
     def __len__(self) -> int:
         return len(self._grads)
 
-    def append(self, rows: torch.Tensor, grad: torch.Tensor, ids_by_row: Slot) -> None:
-        """Keep (rows [N], grad [N, D]) by reference; ``ids_by_row`` says which ids rows mean."""
-        self._grads.append(LookupGrad(rows, grad, ids_by_row))
+    def append(self, found: FoundRows, grad: torch.Tensor) -> None:
+        """Keep (rows [N], grad [N, D]) by reference."""
+        self._grads.append(LookupGrad(found, grad))
 
     def clear(self) -> None:
         """Drop them all."""
@@ -94,16 +97,10 @@ class LookupGrads:
                     f"the table; create the table with copy_grads=True"
                 )
             left.join()
-        pieces = [PendingGrad(self._rows_now(left), left.grad) for left in self._grads]
+        pieces = [PendingGrad(self._store.rows_now(left.found), left.grad) for left in self._grads]
         if len({piece.grad.dtype for piece in pieces}) > 1:  # a 16-bit table, some given as float32
             pieces = [PendingGrad(rows, grad.float()) for rows, grad in pieces]
         return pieces
-
-    def _rows_now(self, left: LookupGrad) -> torch.Tensor:
-        if left.ids_by_row is self._store.ids_by_row:
-            return left.rows
-        ids = functional.gather(left.ids_by_row, left.rows).flatten()
-        return torch.where(left.rows == MISSING, MISSING, self._store.find(ids))
 
     def by_id(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(ids [n] int64, gradients [n, D]) of each piece, without those whose id is gone."""
@@ -115,15 +112,15 @@ class LookupGrads:
         return result
 
     def follow_move(
-        self, convert: Callable[[torch.Tensor], torch.Tensor], before: Slot, device: torch.device
+        self, convert: Callable[[torch.Tensor], torch.Tensor], device: torch.device
     ) -> None:
-        """Move or convert gradients as the store was; ``before`` was its ``ids_by_row``."""
+        """Move or convert gradients as the store was."""
         moved = []
         for left in self._grads:
             left.join()
-            here = left.ids_by_row is before
-            ids_by_row = self._store.ids_by_row if here else left.ids_by_row
-            new = LookupGrad(left.rows.to(device), convert(left.grad), ids_by_row)
+            rows, ids = left.found.rows, left.found.ids
+            found = FoundRows(rows.to(device), None if ids is None else ids.to(device))
+            new = LookupGrad(self._store.follow(found), convert(left.grad))
             new.version -= left.grad._version - left.version  # changed stays changed
             moved.append(new)
         self._grads = moved

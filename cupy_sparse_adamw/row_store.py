@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from typing import Any
 
 import torch
 
 from . import functional
 from ._types import MISSING, MOMENT_DTYPE, Distribution, RowIndex, Slot
-from .row_bound import RowBound
+from .row_bound import RowBound, Rows
 
 EMBEDDING = "embedding"
 EXP_AVG = "sparse_adamw_exp_avg"
 EXP_AVG_SQ = "sparse_adamw_exp_avg_sq"
 
 #: Share of the index that may be filled. At 0.7 a search for an absent id looks at 6 entries on
-#: average (Knuth, TAOCP 3, 6.4, linear probing), and the index takes 23 to 46 bytes a row.
+#: average (Knuth, TAOCP 3, 6.4, linear probing), and an index that has just grown takes 34 bytes a
+#: row.
 MAX_LOAD = 0.7
 MIN_ENTRIES = 64
-#: Rows entered into an index at once: 1 MiB beside it.
+#: Rows that are entered into an index, or zeroed, at once: memory may be short.
 ROWS_AT_A_TIME = 1 << 16
 #: Where reading their number waits, growing leaves room for so many more batches: by the time that
 #: they are full, a copy of the number has come.
 SPARE_BATCHES = 2
+
+
+class FoundRows:
+    """Rows [N] int64 that were found for ids, ``MISSING`` for those without one.
+
+    They are followed (``RowStore.rows_now``) while somebody keeps this: before rows are renumbered
+    or given to other ids, ``ids`` [N] notes what they stood for.
+    """
+
+    __slots__ = ("__weakref__", "ids", "rows")
+
+    def __init__(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> None:
+        self.rows = rows
+        self.ids = ids
 
 
 class RowStore:
@@ -32,10 +49,9 @@ class RowStore:
     the host keeps (``RowBound``), so that an ordinary lookup on a GPU does not wait.
 
     Attributes:
-        slots: name -> Slot of width D: "embedding", and moments once there are any. Row r of every
-            slot belongs to the same id.
-        ids_by_row: Slot of width 1, int64: the id of each row. It is replaced, not changed, when
-            rows are taken away, so whoever kept it still knows which id a row number meant.
+        slots: name -> Slot: "embedding" of width D, moments once there are any, and what hooks
+            keep of each row. Row r of every slot belongs to the same id.
+        ids_by_row: Slot of width 1, int64: the id of each row. That of a free row means nothing.
         seed: with the id, decides a new row's values.
         distribution: what new rows are drawn from.
 
@@ -63,8 +79,17 @@ class RowStore:
         self.seed = seed
         self.distribution = distribution
         self._index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
-        self._bound = RowBound(self._index.counters, 0)
+        self._bound = RowBound(self._index.counters, Rows(0, 0))
+        self._deleted = 0  # entries of the index that are DELETED, at the most
+        self._followed: weakref.WeakSet[FoundRows] = weakref.WeakSet()
         self._is_in_graph = False  # a captured lookup reads the index and the slots as they are
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy follows is what is copied with it: see LookupGrads.
+        return {**self.__dict__, "_followed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _followed=weakref.WeakSet())
 
     @property
     def embedding(self) -> Slot:
@@ -78,9 +103,14 @@ class RowStore:
         return int(numbered - free)
 
     @property
+    def num_numbered(self) -> int:
+        """Rows numbered so far, in use or free: row numbers are below it. Waits for the device."""
+        return int(self._index.counters[0])
+
+    @property
     def num_rows_bound(self) -> int:
         """At least the rows numbered so far, and memory is held for as many. Never waits."""
-        return self._bound.at_most()
+        return self._bound.at_most().numbered
 
     @property
     def row_count(self) -> torch.Tensor:
@@ -92,13 +122,32 @@ class RowStore:
         return functional.gather(self.ids_by_row, self.rows()).flatten()
 
     def rows(self) -> torch.Tensor:
-        """The rows in use, [n] int64, ascending."""
-        return torch.arange(self.num_rows, device=self.embedding.device)
+        """The rows in use, [n] int64, ascending. Waits for the device."""
+        numbered, free, _ = self._index.counters.tolist()
+        device = self.embedding.device
+        if not free:
+            return torch.arange(numbered, device=device)
+        in_use = torch.ones(numbered, dtype=torch.bool, device=device)
+        in_use[self._index.free_rows[:free]] = False
+        return in_use.nonzero().flatten()
+
+    def has_deleted(self) -> bool:
+        """Whether ids were ever deleted, so that rows may be free. Never waits."""
+        return self._index.free_rows.numel() > 0
+
+    def unused(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of rows [N] int64 that no id has. Waits for the device."""
+        unused = (rows < 0) | (rows >= self.num_numbered)
+        if self.has_deleted():
+            ids = functional.gather(self.ids_by_row, rows.masked_fill(unused, MISSING))
+            unused |= self.find(ids.flatten()) != rows
+        return rows[unused]
 
     def nbytes(self) -> int:
         """Bytes of memory held, used or not."""
+        index = self._index
         slots = (self.ids_by_row, *self.slots.values())
-        return self._index.entries.nbytes + sum(slot.nbytes() for slot in slots)
+        return index.entries.nbytes + index.free_rows.nbytes + sum(slot.nbytes() for slot in slots)
 
     # ------------------------------------------------------------------ find and insert
 
@@ -120,14 +169,13 @@ class RowStore:
             )
         count, bound = ids.numel(), self._bound
         with torch.inference_mode(False):  # rows outlive the mode that they appear in
-            for numbered in (bound.at_most, bound.copied, bound.exactly):
-                if self._has_room(numbered() + count):
+            for known in (bound.at_most, bound.copied, bound.exactly):
+                if self._has_room(known().plus(count)):
                     return self._insert(ids, count)
-            rows, distinct = self.find(ids), 0
-            if int(rows.min()) == MISSING:
-                distinct = ids[rows == MISSING].unique().numel()  # duplicates take no memory
+            rows = self.find(ids)
+            distinct = ids[rows == MISSING].unique().numel()  # duplicates take no memory
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
-            self.reserve(bound.at_most() + distinct + spare)
+            self._make_room(bound.at_most().plus(distinct + spare))
             return self._insert(ids, distinct) if distinct else rows
 
     def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
@@ -140,39 +188,89 @@ class RowStore:
             )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
             index.counters[2:] = 0  # rows that were given but not counted
-            self._enter_rows(index.entries.fill_(MISSING))
+            index.entries.fill_(MISSING)
+            for rows in self.rows().split(ROWS_AT_A_TIME):
+                ids = functional.gather(self.ids_by_row, rows).flatten()
+                functional.insert_(index.entries, ids, rows)
+            self._deleted = 0
             raise
         bound, soon = self._bound, SPARE_BATCHES * ids.numel()
-        if bound.reading_waits() and not self._has_room(bound.at_most() + soon):
+        if bound.reading_waits() and not self._has_room(bound.at_most().plus(soon)):
             bound.send_copy()
         return rows
+
+    def delete(self, ids: torch.Tensor) -> None:
+        """Take ids [N] int64 out, with their moments; those without a row are passed over.
+
+        Their rows are given to other ids later. Memory is kept.
+        """
+        self._note_ids()
+        index, held = self._index, self.embedding.num_rows()
+        with torch.inference_mode(False):
+            if index.free_rows.numel() < held:
+                longer = index.free_rows.new_empty(held)
+                longer[: index.free_rows.numel()] = index.free_rows
+                index.free_rows = longer
+            for part in ids.split(ROWS_AT_A_TIME):
+                # Zeros first: no failure may leave moments on a row that another id gets.
+                rows = self.find(part)
+                for name, slot in self.slots.items():
+                    if name != EMBEDDING:
+                        zeros = torch.zeros(
+                            rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device
+                        )
+                        functional.scatter_(slot, rows, zeros)
+                self._deleted += part.numel()
+                functional.delete_(index, part)
+
+    # ------------------------------------------------------------------ following rows
+
+    def follow(self, found: FoundRows) -> FoundRows:
+        """See to it that ``rows_now`` knows where these rows went, as long as they are kept."""
+        if found.ids is None:
+            self._followed.add(found)
+        return found
+
+    def rows_now(self, found: FoundRows) -> torch.Tensor:
+        """Rows [N] int64 that now belong to the ids that were looked up; ``MISSING`` if gone."""
+        if found.ids is None:
+            return found.rows
+        return torch.where(found.rows == MISSING, MISSING, self.find(found.ids))
+
+    def _note_ids(self) -> None:
+        """Note what rows stand for, where somebody keeps them: they are about to change."""
+        for found in list(self._followed):
+            if found.rows.device == self.embedding.device:  # else the table was moved meanwhile
+                found.ids = functional.gather(self.ids_by_row, found.rows).flatten()
+        self._followed.clear()
 
     # ------------------------------------------------------------------ memory
 
     def reserve(self, rows: int) -> None:
         """Hold memory for at least ``rows`` rows in all. Rows stay where they are."""
+        known = self._bound.at_most()
+        self._make_room(known.plus(max(rows - known.in_use, 0)))
+
+    def _make_room(self, rows: Rows) -> None:
         if not self._has_room(rows):
             self._leave_graph()
         for slot in (self.ids_by_row, *self.slots.values()):
-            slot.reserve(rows)
-        capacity = _capacity_for(rows)
-        if capacity > self._index.entries.shape[0]:
-            entries = _empty_entries(capacity, self.embedding.device)
-            self._index.entries = self._enter_rows(entries)
+            slot.reserve(rows.numbered)
+        capacity = self._index.entries.shape[0]
+        if rows.in_use + self._deleted <= capacity * MAX_LOAD:
+            return
+        # Room for an eighth more, or every few deletions would copy an index that does not grow.
+        wanted = _capacity_for(rows.in_use + (rows.in_use // 8 if self._deleted else 0))
+        if wanted > capacity:
+            capacity = max(wanted, capacity + capacity // 2)
+        entries = _empty_entries(capacity, self.embedding.device)
+        functional.rehash_(self._index.entries, entries)
+        self._index.entries, self._deleted = entries, 0
 
-    def _has_room(self, rows: int) -> bool:
-        slots = (self.ids_by_row, *self.slots.values())
-        return rows <= self._index.entries.shape[0] * MAX_LOAD and all(
-            rows <= slot.num_rows() for slot in slots
+    def _has_room(self, rows: Rows) -> bool:
+        return rows.in_use + self._deleted <= self._index.entries.shape[0] * MAX_LOAD and all(
+            rows.numbered <= slot.num_rows() for slot in (self.ids_by_row, *self.slots.values())
         )
-
-    def _enter_rows(self, entries: torch.Tensor) -> torch.Tensor:
-        """Put every row into an empty index [C, 2], a part at a time: memory may be short."""
-        count = self.num_rows
-        for first in range(0, count, ROWS_AT_A_TIME):
-            rows = torch.arange(first, min(first + ROWS_AT_A_TIME, count), device=entries.device)
-            functional.insert_(entries, functional.gather(self.ids_by_row, rows).flatten(), rows)
-        return entries
 
     def _leave_graph(self) -> None:
         """Say that CUDA graphs with lookups of this store do not follow what it becomes."""
@@ -211,6 +309,7 @@ class RowStore:
             ids: [n] int64, distinct.
             values: [n, D] of the embedding's dtype; None if n is 0.
         """
+        self._note_ids()
         size, device = ids.numel(), ids.device
         index = _index_of(size, _empty_entries(_capacity_for(size), device))
         rows = torch.arange(size, device=device)
@@ -230,13 +329,15 @@ class RowStore:
                 functional.scatter_(new, rows, values)
         self._leave_graph()
         self.slots, self.ids_by_row = slots, ids_by_row
-        self._index, self._bound = index, RowBound(index.counters, size)
+        self._index, self._bound = index, RowBound(index.counters, Rows(size, size))
+        self._deleted = 0
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the rows on another device, the embeddings in another dtype."""
+        moments = MOMENT_DTYPE[dtype]
+        dtypes = {EMBEDDING: dtype, EXP_AVG: moments, EXP_AVG_SQ: moments}
         slots = {
-            name: slot.to(device, dtype if name == EMBEDDING else MOMENT_DTYPE[dtype])
-            for name, slot in self.slots.items()
+            name: slot.to(device, dtypes.get(name, slot.dtype)) for name, slot in self.slots.items()
         }
         index = self._index
         index = RowIndex(*(x.to(device) for x in (index.entries, index.counters, index.free_rows)))
@@ -248,11 +349,8 @@ class RowStore:
 
 
 def _capacity_for(rows: int) -> int:
-    """Entries of an index that holds ``rows`` within MAX_LOAD: a power of two."""
-    capacity = MIN_ENTRIES
-    while rows > capacity * MAX_LOAD:
-        capacity *= 2
-    return capacity
+    """Entries of an index that holds ``rows`` within MAX_LOAD."""
+    return max(int(rows / MAX_LOAD) + 2, MIN_ENTRIES)  # 2: beyond what rounding may take away
 
 
 def _empty_entries(capacity: int, device: torch.device) -> torch.Tensor:

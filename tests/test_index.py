@@ -7,7 +7,15 @@ import torch
 from oracle import DTYPES, bits, slot_of
 
 from cupy_sparse_adamw import functional
-from cupy_sparse_adamw._types import MISSING, Distribution, DistributionKind, RowIndex, Slot
+from cupy_sparse_adamw._types import (
+    DELETED,
+    MISSING,
+    Distribution,
+    DistributionKind,
+    RowIndex,
+    Slot,
+)
+from cupy_sparse_adamw.reference.index import _home as reference_home
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32, -(2**32)]
 UNIFORM = Distribution(DistributionKind.UNIFORM, low=1.0, high=2.0)
@@ -131,6 +139,89 @@ def test_insert_takes_the_rows_that_it_is_given(engine):
     assert int((entries[:, 1] >= 0).sum()) == 230
 
 
+def test_literal_deletes(engine):
+    table = Rows(16, 5)
+    table.index.free_rows = torch.full((5,), 77)
+    rows = dict(zip((7, -3, 0), table.insert([7, -3, 0]), strict=True))
+    assert functional.delete_(table.index, torch.tensor([], dtype=torch.int64)).tolist() == []
+    freed = functional.delete_(table.index, torch.tensor([-3, 4, 7, -3])).tolist()
+    assert sorted([freed[0], freed[3]]) == [MISSING, rows[-3]]  # one of the two
+    assert freed[1:3] == [MISSING, rows[7]]
+    assert table.index.counters.tolist() == [3, 2, 0]
+    assert sorted(table.index.free_rows[:2].tolist()) == sorted([rows[-3], rows[7]])
+    assert table.find([7, -3, 0]) == [MISSING, MISSING, rows[0]]
+    assert functional.delete_(table.index, torch.tensor([7])).tolist() == [MISSING]
+    table.expected = {0: rows[0]}
+    assert set(table.insert([50, 7])) == {rows[-3], rows[7]}
+    assert table.insert([51]) == [3]
+    assert table.index.counters.tolist() == [4, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_freed_rows_are_taken_last_first(name):
+    """On the CPU; a GPU takes them in any order."""
+    with functional.use_engine(name):
+        table = Rows(16, 5)
+        table.index.free_rows = torch.empty(5, dtype=torch.int64)
+        table.insert([7, -3, 0, 9])
+        assert functional.delete_(table.index, torch.tensor([9, -3])).tolist() == [3, 1]
+        table.expected = {7: 0, 0: 2}
+        assert table.insert([60, 61, 62]) == [1, 3, 4]
+
+
+def test_searches_go_on_behind_a_deleted_id(engine):
+    """An index of one cluster: every entry but one is taken, then half of them are deleted."""
+    table = Rows(64, 200)
+    table.index.free_rows = torch.empty(200, dtype=torch.int64)
+    ids = list(range(63))
+    rows = table.insert(ids)
+    functional.delete_(table.index, torch.tensor(ids[::2]))
+    assert int((table.index.entries[:, 1] == DELETED).sum()) == 32
+    expected = [MISSING if i % 2 == 0 else row for i, row in enumerate(rows)]
+    assert table.find(ids) == expected
+
+
+@pytest.mark.parametrize(("small", "large"), [(64, 64), (64, 97), (100, 1000)])
+def test_rehash_takes_along_what_is_not_deleted(engine, small, large):
+    table = Rows(small, 60)
+    table.index.free_rows = torch.empty(60, dtype=torch.int64)
+    ids = [id_ * 2**40 - 7 for id_ in range(60)]
+    rows = table.insert(ids)
+    functional.delete_(table.index, torch.tensor(ids[:20]))
+    target = empty_index(large)
+    functional.rehash_(table.index.entries, target)
+    assert functional.find(target, torch.tensor(ids)).tolist() == [MISSING] * 20 + rows[20:]
+    assert int((target[:, 1] == MISSING).sum()) == large - 40
+
+
+def test_an_index_of_any_capacity():
+    """All engines agree on where an id is searched first: the upper bits of mixed id * capacity."""
+    ids = torch.randint(-(2**63), 2**63 - 1, (500,))
+    for capacity in (701, 2**20, 3 * 2**33 + 1):
+        homes = [(mixed(id_) * capacity) >> 64 for id_ in ids.tolist()]
+        assert reference_home(ids, capacity).tolist() == homes
+
+
+def mixed(id_: int) -> int:
+    """SplitMix64's finalizer in Python's integers."""
+    low = 2**64 - 1
+    z = id_ & low
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & low
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & low
+    return z ^ (z >> 31)
+
+
+def test_entries_stand_in_the_order_of_mixed_ids(engine):
+    """So that copying an index into a larger one is one pass over both."""
+    entries = empty_index(1000)
+    ids = torch.randint(-(2**63), 2**63 - 1, (300,))
+    functional.insert_(entries, ids, torch.arange(300))
+    taken = entries[entries[:, 1] >= 0]
+    homes = torch.tensor([(mixed(id_) * 1000) >> 64 for id_ in taken[:, 0].tolist()])
+    places = (entries[:, 1] >= 0).nonzero().flatten()
+    assert int(((places - homes) % 1000).max()) < 20  # none is far from where its search begins
+
+
 def test_engines_share_an_index():
     """What one engine inserted, the other finds."""
     entries = empty_index(4096)
@@ -178,11 +269,13 @@ def test_gather_and_scatter(engine, dtype, dim):
     assert torch.equal(bits(functional.gather(slot, rows)), bits(expected))
 
     target = torch.randperm(50)[:20]
+    target[7] = MISSING  # its value goes nowhere
     target[11] = target[2]  # of a row that is named twice the last value stays
     new = (torch.randn(20, dim) * 100).to(dtype)
     functional.scatter_(slot, target, new)
     for row, value in zip(target.tolist(), new, strict=True):
-        values[row] = value
+        if row != MISSING:
+            values[row] = value
     assert torch.equal(bits(slot.value()[:50]), bits(values))
     assert functional.gather(slot, rows[:0]).shape == (0, dim)
 

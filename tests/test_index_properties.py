@@ -13,7 +13,10 @@ st = hypothesis.strategies
 #: Few values, so that programs hit known ids often, and the ends of the range.
 IDS = st.one_of(st.integers(-3, 12), st.sampled_from([2**63 - 1, -(2**63), 2**32, 2**62]))
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["train", "eval", "insert", "clear"]), st.lists(IDS, max_size=12)),
+    st.tuples(
+        st.sampled_from(["train", "eval", "insert", "delete", "delete", "clear"]),
+        st.lists(IDS, max_size=12),
+    ),
     max_size=12,
 )
 
@@ -26,7 +29,7 @@ STEPS = st.lists(
 )
 @hypothesis.given(STEPS)
 def test_a_table_is_a_dict_of_rows(engine, program):
-    """Lookups, insertions and clears in any order; values count up so that each is told apart."""
+    """Lookups, insertions, deletions and clears in any order; values count up, to be told apart."""
     table, expected, count = HashTable([1], block_size=2, device=torch.ones(0).device), {}, 0.0
     for what, ids in program:
         keys = torch.tensor(ids, dtype=torch.int64)
@@ -34,7 +37,11 @@ def test_a_table_is_a_dict_of_rows(engine, program):
             table.clear()
             expected.clear()
             continue
-        if what == "insert":
+        if what == "delete":
+            table.delete(keys)
+            for id_ in ids:
+                expected.pop(id_, None)
+        elif what == "insert":
             values = torch.arange(count + 1, count + 1 + len(ids), dtype=torch.float32)
             count += len(ids)
             table.insert(keys, values[:, None])
@@ -47,7 +54,11 @@ def test_a_table_is_a_dict_of_rows(engine, program):
                 for id_ in ids:
                     expected.setdefault(id_, 0.0)
         assert len(table) == len(expected)
-    ids, values = table.ids().tolist(), table.embeddings().flatten().tolist()
-    assert dict(zip(ids, values, strict=True)) == expected
-    if engine in ("reference", "cpu"):  # a GPU's threads take rows in any order
+    ids, rows = (x.tolist() for x in table.ids_map())
+    values = table.embeddings().flatten().tolist()
+    assert {id_: values[row] for id_, row in zip(ids, rows, strict=True)} == expected
+    assert rows == sorted(rows)
+    assert sum(value != 0 for value in values) <= len(ids)  # free rows read as zeros
+    deleted = any(what == "delete" for what, _ in program)
+    if engine in ("reference", "cpu") and not deleted:  # a GPU's threads take rows in any order
         assert ids == list(expected)

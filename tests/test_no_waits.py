@@ -22,6 +22,7 @@ from cupy_sparse_adamw import (
 )
 from cupy_sparse_adamw._checks import require_hyperparams, row_error
 from cupy_sparse_adamw.row_bound import RowBound
+from cupy_sparse_adamw.row_store import FoundRows
 
 # ---------------------------------------------------------------------- how many rows there are
 
@@ -186,7 +187,7 @@ def test_a_bound_is_no_row(counts):
     for _ in range(3):
         table(torch.arange(5))
     assert table._store.num_rows_bound == 15
-    table._grads.append(torch.tensor([5]), torch.ones(1, 2), table._store.ids_by_row)
+    table._grads.append(FoundRows(torch.tensor([5])), torch.ones(1, 2))
     with pytest.raises(IndexError, match=r"'items': a gradient names row 5.*has 5 rows"):
         optimizer.step()
 

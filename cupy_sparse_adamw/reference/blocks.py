@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .._types import Slot
+from .._types import MISSING, Slot
 
 
 def by_block(
@@ -40,9 +40,10 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
 
     Args:
         slot: changed in place.
-        rows: [N] int64, in range.
+        rows: [N] int64, in range or ``MISSING``, whose value goes nowhere.
         values: [N, D] of the slot's dtype.
     """
     blocks = slot.values()
     for row, value in zip(rows.tolist(), values, strict=True):
-        blocks[row // slot.block_size()][row % slot.block_size()] = value
+        if row != MISSING:
+            blocks[row // slot.block_size()][row % slot.block_size()] = value

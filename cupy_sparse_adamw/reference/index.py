@@ -1,14 +1,14 @@
 """The hash index from ids to rows.
 
-Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row), C a power of two; a
-row below 0 marks a free entry.
+Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row). The row of a free entry
+is ``MISSING``, that of one whose id was taken out ``DELETED``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._types import MISSING, Distribution, RowIndex, Slot
+from .._types import DELETED, MISSING, Distribution, RowIndex, Slot
 from .blocks import scatter_
 from .random import init_rows_
 
@@ -18,13 +18,27 @@ def _unsigned_shift(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _multiply_high(x: torch.Tensor, y: int) -> torch.Tensor:
+    """The upper 64 bits of x * y, x read as unsigned: from the products of 32-bit halves."""
+    low = (1 << 32) - 1
+    x_high, x_low, y_high, y_low = _unsigned_shift(x, 32), x & low, y >> 32, y & low
+    middle, cross = x_high * y_low, x_low * y_high
+    carry = _unsigned_shift(x_low * y_low, 32) + (middle & low) + (cross & low)
+    high = x_high * y_high + _unsigned_shift(middle, 32) + _unsigned_shift(cross, 32)
+    return high + (carry >> 32)
+
+
 def _home(ids: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The entry at which the search for an id begins: SplitMix64's finalizer (Steele 2014)."""
+    """The entry at which the search for an id begins.
+
+    Ids are mixed by SplitMix64's finalizer (Steele 2014) and scaled to the capacity (Lemire, "Fast
+    random integer generation in an interval", 2019).
+    """
     z = ids
     z = (z ^ _unsigned_shift(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     z = (z ^ _unsigned_shift(z, 27)) * (0x94D049BB133111EB - (1 << 64))
     z = z ^ _unsigned_shift(z, 31)
-    return z & (capacity - 1)
+    return _multiply_high(z, capacity)
 
 
 def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -45,8 +59,8 @@ def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         key, row = entries[entry[searching]].unbind(1)
         found = (row >= 0) & (key == ids[searching])
         rows[searching[found]] = row[found]
-        searching = searching[(row >= 0) & ~found]
-        entry[searching] = (entry[searching] + 1) & (capacity - 1)
+        searching = searching[(row != MISSING) & ~found]
+        entry[searching] = (entry[searching] + 1) % capacity
     return rows
 
 
@@ -61,9 +75,43 @@ def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> Non
     capacity = entries.shape[0]
     homes = _home(ids, capacity).tolist()
     for id_, row, entry in zip(ids.tolist(), rows.tolist(), homes, strict=True):
-        while entries[entry, 1] >= 0:
-            entry = (entry + 1) & (capacity - 1)
+        while entries[entry, 1] != MISSING:
+            entry = (entry + 1) % capacity
         entries[entry] = entries.new_tensor([id_, row])
+
+
+def rehash_(entries: torch.Tensor, target: torch.Tensor) -> None:
+    """Put all ids of one index, with their rows, into an empty one.
+
+    Args:
+        entries: the one, [C, 2] int64.
+        target: the other, [C', 2] int64; at least one entry stays free.
+    """
+    ids, rows = entries[entries[:, 1] >= 0].unbind(1)
+    insert_(target, ids, rows)
+
+
+def delete_(index: RowIndex, ids: torch.Tensor) -> torch.Tensor:
+    """Take ids out; their rows are free.
+
+    Args:
+        index: changed in place; its list of free rows has room.
+        ids: [N] int64, duplicates allowed.
+
+    Returns:
+        rows [N] int64: the row that an id had; ``MISSING`` where it had none, and at all
+        occurrences of an id but one.
+    """
+    rows = torch.full_like(ids, MISSING)
+    first = {id_: i for i, id_ in reversed(list(enumerate(ids.tolist())))}
+    firsts = torch.tensor(sorted(first.values()), dtype=torch.int64, device=ids.device)
+    rows[firsts] = find(index.entries, ids[firsts])
+    freed = rows[rows != MISSING]
+    index.entries[torch.isin(index.entries[:, 1], freed), 1] = DELETED
+    free = int(index.counters[1])
+    index.free_rows[free : free + freed.numel()] = freed
+    index.counters[1] += freed.numel()
+    return rows
 
 
 def find_or_insert_(

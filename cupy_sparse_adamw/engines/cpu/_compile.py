@@ -153,6 +153,18 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def multiply_high(typingctx, x, y):  # type: ignore[no-untyped-def]
+    """The upper 64 bits of the product of two unsigned 64-bit numbers."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(a, wide) for a in args))
+        return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), codegen
+
+
+@intrinsic
 def copy_bytes(typingctx, target, source, size):  # type: ignore[no-untyped-def]
     """Copy ``size`` bytes between two addresses, as memcpy does."""
 

@@ -1,9 +1,11 @@
 """The hash index from ids to rows, and moving rows in and out of a table's blocks.
 
-Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row), C a power of two; a
-row below 0 marks a free entry. An id and its row share a cache line. Ids are mixed by the
-finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-2014), so sequential ids and ids that agree in their low bits spread like random ones.
+Open addressing with linear probing over ``entries`` [C, 2] int64 (id, row). A free entry's row is
+``MISSING``, that of one whose id was taken out ``DELETED``. An id and its row share a cache line.
+Ids are mixed by the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
+number generators", 2014), so sequential ids and ids that agree in their low bits spread like random
+ones. The mixed id is scaled to the capacity (Lemire, "Fast random integer generation in an
+interval", 2019): so entries stand in its order, and ``rehash_`` is one pass over both indices.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..._types import MISSING, Distribution, RowIndex, Slot
-from ._compile import BYTE, copy_bytes, jit, prefetch, row_address, view
+from ..._types import DELETED, MISSING, Distribution, RowIndex, Slot
+from ._compile import BYTE, copy_bytes, inline, jit, multiply_high, prefetch, row_address, view
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
 from .random import init_rows_
@@ -22,30 +24,34 @@ GRAIN = 8192
 AHEAD = 16
 
 
-@jit
-def _home(id_, mask):  # type: ignore[no-untyped-def]
+@inline
+def _home(id_, capacity):  # type: ignore[no-untyped-def]
     """The entry at which the search for an id begins."""
     z = np.uint64(id_)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
-    return np.int64(z) & mask
+    return np.int64(multiply_high(z, np.uint64(capacity)))
 
 
-@jit
+@inline
 def _entry_of(entries, id_):  # type: ignore[no-untyped-def]
     """The entry that holds an id, or the free one where it would go."""
-    mask = entries.shape[0] - 1
-    entry = _home(id_, mask)
-    while entries[entry, 1] >= 0 and entries[entry, 0] != id_:
-        entry = (entry + 1) & mask
+    capacity = entries.shape[0]
+    entry = _home(id_, capacity)
+    while entries[entry, 1] != MISSING and (
+        entries[entry, 0] != id_ or entries[entry, 1] == DELETED
+    ):
+        entry += 1
+        if entry == capacity:
+            entry = 0
     return entry
 
 
-@jit
+@inline
 def _prefetch_home(entries, ids, i):  # type: ignore[no-untyped-def]
     if i < ids.size:
-        prefetch(entries.ctypes.data + _home(ids[i], entries.shape[0] - 1) * 16)
+        prefetch(entries.ctypes.data + _home(ids[i], entries.shape[0]) * 16)
 
 
 @jit
@@ -66,6 +72,27 @@ def _insert(entries, ids, rows):  # type: ignore[no-untyped-def]
         entry = _entry_of(entries, ids[i])
         entries[entry, 0] = ids[i]
         entries[entry, 1] = rows[i]
+
+
+@jit
+def _rehash(entries, target):  # type: ignore[no-untyped-def]
+    for i in range(entries.shape[0]):
+        if entries[i, 1] >= 0:
+            entry = _entry_of(target, entries[i, 0])
+            target[entry, 0] = entries[i, 0]
+            target[entry, 1] = entries[i, 1]
+
+
+@jit
+def _delete(entries, ids, rows, counters, free_rows):  # type: ignore[no-untyped-def]
+    for i in range(ids.size):
+        _prefetch_home(entries, ids, i + AHEAD)
+        entry = _entry_of(entries, ids[i])
+        rows[i] = entries[entry, 1]
+        if rows[i] != MISSING:
+            entries[entry, 1] = DELETED
+            free_rows[counters[1]] = rows[i]
+            counters[1] += 1
 
 
 @jit
@@ -102,8 +129,9 @@ def _gather(part, begin, end, blocks, block_size, row_bytes, rows, target):  # t
 @jit
 def _scatter(blocks, block_size, row_bytes, rows, source):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
-        target = row_address(blocks, block_size, rows[i], row_bytes)
-        copy_bytes(target, source + i * row_bytes, row_bytes)
+        if rows[i] >= 0:
+            target = row_address(blocks, block_size, rows[i], row_bytes)
+            copy_bytes(target, source + i * row_bytes, row_bytes)
 
 
 def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -137,6 +165,32 @@ def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> Non
         rows: [n] int64.
     """
     _insert(array_of(entries), array_of(ids), array_of(rows))
+
+
+def rehash_(entries: torch.Tensor, target: torch.Tensor) -> None:
+    """Put all ids of one index, with their rows, into an empty one.
+
+    Args:
+        entries: the one, [C, 2] int64.
+        target: the other, [C', 2] int64; at least one entry stays free.
+    """
+    _rehash(array_of(entries), array_of(target))
+
+
+def delete_(index: RowIndex, ids: torch.Tensor) -> torch.Tensor:
+    """Take ids out; their rows are free.
+
+    Args:
+        index: changed in place; its list of free rows has room.
+        ids: [N] int64, duplicates allowed.
+
+    Returns:
+        rows [N] int64: the row that an id had; ``MISSING`` where it had none, and at all
+        occurrences of an id but one.
+    """
+    rows = torch.empty_like(ids)
+    _delete(*map(array_of, (index.entries, ids, rows, index.counters, index.free_rows)))
+    return rows
 
 
 def find_or_insert_(
@@ -207,7 +261,7 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
 
     Args:
         slot: changed in place.
-        rows: [N] int64, in range.
+        rows: [N] int64, in range or ``MISSING``, whose value goes nowhere.
         values: [N, D] of the slot's dtype.
     """
     values = values.contiguous()

@@ -64,6 +64,46 @@ def insert_(entries: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> Non
     launch(ids.device, _ANY, "insert", blocks_for(size, THREADS), THREADS, args)
 
 
+def rehash_(entries: torch.Tensor, target: torch.Tensor) -> None:
+    """Put all ids of one index, with their rows, into an empty one.
+
+    Args:
+        entries: the one, [C, 2] int64.
+        target: the other, [C', 2] int64; at least one entry stays free.
+    """
+    size, capacity = np.int64(entries.shape[0]), np.int64(target.shape[0])
+    args = (entries, size, target, capacity)
+    launch(entries.device, _ANY, "rehash", blocks_for(int(size), THREADS), THREADS, args)
+
+
+def delete_(index: RowIndex, ids: torch.Tensor) -> torch.Tensor:
+    """Take ids out; their rows are free. Does not wait.
+
+    Args:
+        index: changed in place; its list of free rows has room.
+        ids: [N] int64, duplicates allowed.
+
+    Returns:
+        rows [N] int64: the row that an id had; ``MISSING`` where it had none, and at all
+        occurrences of an id but one.
+    """
+    ids, size = ids.contiguous(), ids.numel()
+    rows = torch.empty_like(ids)
+    args = (
+        index.entries,
+        np.int64(index.entries.shape[0]),
+        ids,
+        rows,
+        np.int64(size),
+        index.counters,
+        index.free_rows,
+    )
+    launch(ids.device, _ANY, "remove_ids", blocks_for(size, THREADS), THREADS, args)
+    index.counters[1:2] += index.counters[2:]
+    index.counters[2:] = 0
+    return rows
+
+
 def find_or_insert_(
     index: RowIndex,
     ids: torch.Tensor,
@@ -174,7 +214,7 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
 
     Args:
         slot: changed in place.
-        rows: [N] int64, in range.
+        rows: [N] int64, in range or ``MISSING``, whose value goes nowhere.
         values: [N, D] of the slot's dtype.
     """
     _move("scatter", slot, torch.sort(rows, stable=True), values.contiguous())
