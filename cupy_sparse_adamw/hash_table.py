@@ -8,12 +8,24 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _checks, functional
-from ._types import MISSING, Pending, Slot
-from .hooks import AdmitHook
+from ._types import MISSING, Slot
+from .children import ChildrenInfo
+from .hooks import (
+    AdmitHook,
+    BaseAdmitHookImpl,
+    BaseFilterHookImpl,
+    FilterHook,
+    HashtableHookFactory,
+)
 from .initializers import ConstantInitializer, Initializer, require_fits
-from .lookup_grads import LookupGrad, LookupGrads
-from .row_store import EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore
-from .tables import Table, dtype_name, require_moments, require_piece
+from .lookup_grads import LookupGrads
+from .policies import ReadOnlyHookImpl
+from .row_store import EMBEDDING, EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore, SlotGroup
+from .row_table import RowTable
+from .slices import Slice, gen_slice
+
+#: Saved beside the slots of hooks, whose names must differ.
+SAVED = ("ids", EMBEDDING, "seed", "fan")
 
 
 class _Lookup(torch.autograd.Function):
@@ -36,7 +48,7 @@ class _Lookup(torch.autograd.Function):
         return None, None, None
 
 
-class HashTable(torch.nn.Module, Table):
+class HashTable(torch.nn.Module, RowTable):
     """Embeddings keyed by any int64 id, with RecIS's constructor and method names.
 
     In training mode a row appears when its id is first looked up (whether or not gradients are
@@ -59,16 +71,19 @@ class HashTable(torch.nn.Module, Table):
             WORLD_SIZE (1 if unset); "id" divides it by the row's number of occurrences.
         copy_grads: copy gradients in backward instead of keeping a reference, for models that
             change a gradient in place after backward has handed it on.
-        coalesced: not supported yet.
-        children: not supported yet.
-        slice: not supported yet.
-        filter_hook: not supported yet.
+        coalesced: whether ids carry the index of a child (``children_info().encode_id``).
+        children: names of logical tables that share this one; None means one, itself.
+        slice: the ids that ``load_state_dict`` takes, of all that it is given; None means all.
+            Lookups do not ask.
+        filter_hook: which rows go, and when; see ``FilterHook``.
+        admit_hook: which ids get a row, in lookups that are not given another hook; see
+            ``AdmitHook``.
 
     Raises:
-        TypeError: embedding_shape, block_size, dtype, initializer or name of a wrong type.
-        ValueError: a size below 1, or another ``grad_reduce_by``.
+        TypeError: an argument of a wrong type.
+        ValueError: a size below 1, another ``grad_reduce_by``, children that do not fit, or a hook
+            that nobody registered.
         RuntimeError: no engine for ``device`` can load here.
-        NotImplementedError: an argument marked so above.
     """
 
     def __init__(
@@ -79,25 +94,16 @@ class HashTable(torch.nn.Module, Table):
         device: torch.device | str = "cpu",
         coalesced: bool = False,
         children: list[str] | None = None,
-        slice: Any = None,
+        slice: Slice | None = None,
         initializer: Initializer | None = None,
         name: str | None = None,
         grad_reduce_by: str = "worker",
-        filter_hook: Any = None,
+        filter_hook: FilterHook | None = None,
         *,
         copy_grads: bool = False,
+        admit_hook: AdmitHook | None = None,
     ) -> None:
         super().__init__()
-        for argument, value in (
-            ("coalesced", coalesced),
-            ("children", children),
-            ("slice", slice),
-            ("filter_hook", filter_hook),
-        ):
-            if value:
-                raise NotImplementedError(
-                    f"HashTable({argument}=...) is not supported yet; leave it out"
-                )
         if grad_reduce_by not in ("worker", "id"):
             raise ValueError(f"grad_reduce_by must be 'worker' or 'id', got {grad_reduce_by!r}")
         if name is not None and not isinstance(name, str):
@@ -114,6 +120,10 @@ class HashTable(torch.nn.Module, Table):
         self.name = name
         self.grad_reduce_by = grad_reduce_by
         self.copy_grads = copy_grads
+        self._slice = gen_slice() if slice is None else slice
+        if not isinstance(self._slice, Slice):
+            raise TypeError(f"slice must be a Slice such as gen_slice(0, 4), got {slice!r}")
+        self._children = ChildrenInfo([self._label] if children is None else children, coalesced)
         self._dim = torch.Size(self.embedding_shape).numel()
         _checks.require_world_size()  # an error comes now rather than in the first step
         dtype = _checks.require_table_dtype("dtype", dtype)
@@ -134,25 +144,20 @@ class HashTable(torch.nn.Module, Table):
         self._grads = LookupGrads(self._store)
         self._trainable = True
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
+        hooks = HashtableHookFactory()
+        self._filter_hook_impl: BaseFilterHookImpl | None = None
+        if filter_hook is not None:
+            self._filter_hook_impl = hooks.create_filter_hook(self, filter_hook)
+        self._admit_hook = admit_hook
+        self._admit_hooks: dict[str, AdmitHook] = {}
+        if admit_hook is not None:
+            self._policy_of(admit_hook)
 
     # ------------------------------------------------------------------ what it is
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the embeddings."""
-        return self._store.embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rows live."""
-        return self._store.embedding.device
-
-    @property
     def _label(self) -> str:
         return self.name or "HashTable"
-
-    def __len__(self) -> int:
-        return self._store.num_rows
 
     def __bool__(self) -> bool:
         return True  # an empty table is a table
@@ -189,6 +194,24 @@ class HashTable(torch.nn.Module, Table):
         values = functional.gather(self._store.embedding, rows)
         return values.view(-1, *self.embedding_shape)
 
+    def slot_group(self) -> SlotGroup:
+        """The embedding and what else there is for each row: moments, and slots of hooks."""
+        return SlotGroup(self._store.slots)
+
+    def children_info(self) -> ChildrenInfo:
+        """The logical tables that share this one."""
+        return self._children
+
+    @property
+    def children_hashtable(self) -> list[str]:
+        """Their names."""
+        return self._children.children()
+
+    @property
+    def coalesce(self) -> bool:
+        """Whether ids carry the index of a child."""
+        return self._children.is_coalesce()
+
     # ------------------------------------------------------------------ lookup
 
     @torch.compiler.disable  # a graph break: the index is no tensor program
@@ -197,33 +220,63 @@ class HashTable(torch.nn.Module, Table):
 
         Args:
             ids: int64 or int32 of any shape, any value, duplicates allowed.
-            admit_hook: ``AdmitHook("ReadOnly")`` to insert nothing in training mode.
+            admit_hook: what to do with ids that have no row, in training mode: instead of the
+                table's own hook. ``AdmitHook("ReadOnly")`` inserts nothing.
 
         Returns:
             A tensor of shape ``ids.shape + embedding_shape``.
 
         Raises:
             TypeError: ids are no integers, or admit_hook is no AdmitHook.
-            RuntimeError: rows may appear, and a CUDA graph is being captured.
+            ValueError: nobody registered the hook's name, or the table has it with other params.
+            RuntimeError: rows may appear while a CUDA graph is being captured, or a filter with
+                ``max_rows`` may let none go.
         """
-        if admit_hook is not None and not isinstance(admit_hook, AdmitHook):
-            raise TypeError(
-                f"admit_hook must be an AdmitHook, got {type(admit_hook).__name__}; "
-                f"use AdmitHook('ReadOnly')"
-            )
         flat = self._flat(_checks.require_ids(ids))
-        if self.training and admit_hook is None:
-            rows = self._store.find_or_insert(flat)
-        else:
-            rows = self._store.find(flat)
+        admit_hook = self._admit_hook if admit_hook is None else admit_hook
+        policy = None if admit_hook is None else self._policy_of(admit_hook)
+        rows = self._admitted(flat, policy) if self.training else self._store.find(flat)
         if self._trainable and torch.is_grad_enabled():
             values = _Lookup.apply(self._anchor, rows, self)  # type: ignore[no-untyped-call]
         else:
             values = functional.gather(self._store.embedding, rows)
         return values.view(*ids.shape, *self.embedding_shape)  # type: ignore[no-any-return]
 
-    def _flat(self, ids: torch.Tensor) -> torch.Tensor:
-        return ids.detach().to(self.device, torch.int64).reshape(-1).contiguous()
+    def _policy_of(self, hook: AdmitHook) -> BaseAdmitHookImpl:
+        """The table's policy of a hook, made at its first use."""
+        if not isinstance(hook, AdmitHook) or hook.name not in self._admit_hooks:
+            policy = HashtableHookFactory().create_admit_hook(hook).to(self.device)
+            self.add_module(f"admit_hook_{hook.name}", policy)
+            self._admit_hooks[hook.name] = hook
+        made = self._admit_hooks[hook.name]
+        if made.params != hook.params:
+            raise ValueError(
+                f"table {self._label!r} has the admit hook {made}, so it cannot take {hook}; "
+                f"register the policy under a second name for other params"
+            )
+        return getattr(self, f"admit_hook_{hook.name}")  # type: ignore[no-any-return]
+
+    def _admitted(self, ids: torch.Tensor, admit: BaseAdmitHookImpl | None = None) -> torch.Tensor:
+        """Rows [N] of ids [N], new ones among them; ``MISSING`` of those not admitted."""
+        store, filters = self._store, self._filter_hook_impl
+        if isinstance(admit, ReadOnlyHookImpl):
+            rows = store.find(ids)
+        elif admit is None and filters is None:
+            return store.find_or_insert(ids)
+        else:
+            store.require_no_capture()
+            rows = store.find(ids)
+            new, counts = ids[rows == MISSING].unique(return_counts=True)
+            if admit is not None and new.numel():
+                new = new[admit.admit(new, counts)]
+            if filters is not None and new.numel():
+                filters.make_room(new.numel(), rows)
+            if new.numel():
+                store.find_or_insert(new)
+                rows = store.find(ids)
+        if filters is not None:
+            filters(rows[rows != MISSING])
+        return rows
 
     # ------------------------------------------------------------------ memory
 
@@ -272,21 +325,22 @@ class HashTable(torch.nn.Module, Table):
                 grad = grad.clone(memory_format=torch.contiguous_format)
         self._grads.append(found, grad)
 
-    def _require_grad(self, name: str, what: str, grad: Any, rows: torch.Tensor) -> torch.Tensor:
-        """Gradients [N, D] for rows [N], of a dtype that the table takes."""
-        grad = _checks.require_rows_of(
-            name, what, grad, rows.numel(), self.embedding_shape, self.device
-        )
-        allowed = (self.dtype,) if self.dtype.itemsize > 2 else (self.dtype, torch.float32)
-        return _checks.require_dtype(name, what, grad, allowed)
-
     def clear_grad(self) -> None:
         """Drop the gradients."""
-        self._grads.clear()
+        self.clear_pending()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, as ``clear_grad``."""
-        self._grads.clear()
+        self.clear_pending()
+
+    def pending_rows(self) -> torch.Tensor:
+        """Rows [n] int64 that a gradient waits for, or may come for; some repeat.
+
+        It may come for rows that were looked up, with gradients enabled, since gradients were last
+        cleared. Filters keep all of them.
+        """
+        rows = self._store.pinned_rows()
+        return rows[rows != MISSING]
 
     def grad(self, acc_step: int = 1) -> torch.Tensor:
         """The gradients reduced by row and divided by ``acc_step``.
@@ -315,27 +369,6 @@ class HashTable(torch.nn.Module, Table):
             check_invariants=False,
         )
 
-    def pending(self, name: str) -> Pending | None:
-        """The gradients of this step; see ``Table.pending``."""
-        if not self._grads:
-            return None
-        return Pending(
-            name,
-            self._store.embedding,
-            self._store.num_rows_bound,
-            self._grads.pieces(name),
-            drop_missing=True,
-            grad_scale=1.0 / _checks.require_world_size()
-            if self.grad_reduce_by == "worker"
-            else 1.0,
-            mean=self.grad_reduce_by == "id",
-            row_count=self._store.row_count,
-        )
-
-    def clear_pending(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; see ``Table.clear_pending``."""
-        self._grads.clear()
-
     # ------------------------------------------------------------------ contents
 
     def insert(self, ids: torch.Tensor, embeddings: torch.Tensor) -> None:
@@ -347,13 +380,14 @@ class HashTable(torch.nn.Module, Table):
 
         Raises:
             TypeError, ValueError: dtype, shape or device do not fit.
+            RuntimeError: a filter with ``max_rows`` may let none go.
         """
         flat = self._flat(_checks.require_ids(ids))
         values = _checks.require_rows_of(
             self._label, "embeddings", embeddings, flat.numel(), self.embedding_shape, self.device
         ).detach()
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
-        functional.scatter_(self._store.embedding, self._store.find_or_insert(flat), values)
+        functional.scatter_(self._store.embedding, self._admitted(flat), values)
 
     def delete(self, ids: torch.Tensor) -> None:
         """Remove ids, their moments with them; those that the table does not hold are passed over.
@@ -373,13 +407,58 @@ class HashTable(torch.nn.Module, Table):
         """Remove every row, its moments with it, and give their memory back."""
         self._store.clear()
 
+    # ------------------------------------------------------------------ slots of hooks
+
+    def append_filter_slot(self, name: str, dtype: torch.dtype, slot_dim: int = 1) -> None:
+        """Keep ``slot_dim`` values of each row under a name, zero for new ids. They are saved.
+
+        Raises:
+            TypeError, ValueError: slot_dim is no int of at least 1, or the name is taken.
+        """
+        _checks.require_int("slot_dim", slot_dim, 1)
+        taken = (*SAVED, EXP_AVG, EXP_AVG_SQ, *self._store.slots)
+        if name in taken or "." in name:
+            raise ValueError(
+                f"table {self._label!r}: a slot's name must have no dot and be none of "
+                f"{', '.join(map(repr, taken))}, got {name!r}"
+            )
+        self._store.add_slot(name, slot_dim, dtype)
+
+    def append_step_filter_slot(self, name: str, init_step: torch.Tensor) -> None:
+        """``append_filter_slot`` of one int64, with a first value [1] for rows that are there."""
+        self.append_filter_slot(name, torch.int64, 1)
+        self.update_slot(name, self._store.rows(), init_step)
+
+    def update_slot(self, name: str, index: torch.Tensor, value: torch.Tensor) -> None:
+        """Set a slot's values of rows.
+
+        Args:
+            name: of the slot.
+            index: [N] int64 rows in use.
+            value: of the slot's dtype, expandable to [N, slot_dim].
+        """
+        slot = self.get_slot(name)
+        functional.scatter_(slot, index, value.expand(index.numel(), slot.dim))
+
+    def get_slot(self, name: str) -> Slot:
+        """The slot of a name, ``slot_group().slot_by_name(name)``."""
+        return self.slot_group().slot_by_name(name)
+
+    def _hook_slots(self) -> list[Slot]:
+        own = (EMBEDDING, EXP_AVG, EXP_AVG_SQ)
+        return [slot for name, slot in self._store.slots.items() if name not in own]
+
+    # ------------------------------------------------------------------ saving and loading
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         store = self._store
+        rows = store.rows()
         destination[prefix + "ids"] = store.ids()
-        destination[prefix + "embedding"] = functional.gather(store.embedding, store.rows())
+        for slot in (store.embedding, *self._hook_slots()):
+            destination[prefix + slot.name()] = functional.gather(slot, rows)
         destination[prefix + "seed"] = torch.tensor(store.seed, device="cpu")
         destination[prefix + "fan"] = torch.tensor(self._fan, device="cpu")
 
@@ -393,31 +472,25 @@ class HashTable(torch.nn.Module, Table):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = {key: state_dict.get(prefix + key) for key in ("ids", "embedding", "seed", "fan")}
+        slots = {slot.name(): slot for slot in (self._store.embedding, *self._hook_slots())}
+        saved = {key: state_dict.get(prefix + key) for key in dict.fromkeys((*SAVED, *slots))}
         missing_keys += [prefix + key for key, value in saved.items() if value is None and strict]
         own = {prefix + key for key in saved}
         rest = {key: value for key, value in state_dict.items() if key not in own}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        ids, embedding = saved["ids"], saved["embedding"]
-        if ids is None or embedding is None:
+        if saved["ids"] is None or saved[EMBEDDING] is None:
             return
         try:
-            ids = self._flat(_checks.require_ids(ids, prefix + "ids"))
-            embedding = embedding.to(self.device)
-            values = _checks.require_rows_of(
-                self._label,
-                prefix + "embedding",
-                embedding,
-                ids.numel(),
-                self.embedding_shape,
-                self.device,
-            )
-            if not values.is_floating_point():
-                raise TypeError(f"{prefix}embedding must be floating, got {values.dtype}")
+            ids = self._flat(_checks.require_ids(saved["ids"], prefix + "ids"))
             if ids.unique().numel() != ids.numel():
                 raise ValueError(f"{prefix}ids holds an id twice")
+            values = {
+                name: self._saved_values(prefix + name, slot, saved[name], ids)
+                for name, slot in slots.items()
+                if saved[name] is not None
+            }
             seed, fan = self._store.seed, self._fan
             if saved["seed"] is not None:
                 seed = int(saved["seed"])
@@ -427,8 +500,21 @@ class HashTable(torch.nn.Module, Table):
         except (TypeError, ValueError, IndexError) as error:
             error_msgs.append(str(error))
             return
-        self._store.load(ids, values.detach().to(self.dtype))
+        accepted = self._slice.contains(self._children.split_id(ids)[1])
+        self._store.load(ids[accepted], {name: x[accepted] for name, x in values.items()})
         self._store.seed, self._store.distribution, self._fan = seed, distribution, fan
+        if self._filter_hook_impl is not None and len(values) < len(slots):
+            self._filter_hook_impl(self._store.rows())  # or all would be older than any
+
+    def _saved_values(self, key: str, slot: Slot, saved: Any, ids: torch.Tensor) -> torch.Tensor:
+        """What a state_dict holds of a slot, [n, D] of its dtype, for ids [n]."""
+        shape = self.embedding_shape if slot.name() == EMBEDDING else (slot.dim,)
+        values = _checks.require_rows_of(
+            self._label, key, saved.to(self.device), ids.numel(), shape, self.device
+        )
+        if values.is_floating_point() != slot.dtype.is_floating_point:
+            raise TypeError(f"{key} must be {slot.dtype}, got {values.dtype}")
+        return values.detach().to(slot.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HashTable:
         """Move or convert, as ``model.to`` does: moments stay float32 (float64 with float64)."""
@@ -447,94 +533,6 @@ class HashTable(torch.nn.Module, Table):
         self._store.move(device, dtype)
         self._grads.follow_move(fn, device)
         return self
-
-    # ------------------------------------------------------------------ for the optimizer
-
-    @property
-    def key(self) -> Any:
-        """The table itself."""
-        return self
-
-    def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
-        """The slots of the moments; see ``Table.moments``."""
-        return self._moments()
-
-    def _moments(self) -> tuple[Slot, Slot]:
-        slots = self._store.slots
-        if EXP_AVG not in slots:
-            slots[EXP_AVG], slots[EXP_AVG_SQ] = self._store.new_moments()
-        return slots[EXP_AVG], slots[EXP_AVG_SQ]
-
-    def drop_moments(self) -> None:
-        """Forget the moments: the table gets a new owner."""
-        for name in (EXP_AVG, EXP_AVG_SQ):
-            self._store.slots.pop(name, None)
-
-    def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Moments by id; see ``Table.export_moments``."""
-        rows = self._store.rows()
-        first, second = self._moments()
-        return {
-            "exp_avg": functional.gather(first, rows),
-            "exp_avg_sq": functional.gather(second, rows),
-            "dtype": dtype_name(self.dtype),
-            "ids": self.ids(),
-        }
-
-    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
-        """New slots with the saved moments; see ``Table.build_moments``."""
-        values = require_moments(name, saved, self.dtype, self._dim)
-        rows = self._rows_of_saved(name, "moments", saved.get("ids"))
-        if rows.numel() != values[0].shape[0]:
-            raise ValueError(
-                f"table {name!r}: {rows.numel()} ids are saved with {values[0].shape[0]} moments"
-            )
-        if rows.unique().numel() != rows.numel():
-            raise ValueError(f"table {name!r}: the saved moments name an id twice")
-        built = self._store.new_moments()
-        for slot, value in zip(built, values, strict=True):
-            functional.scatter_(slot, rows, value.to(self.device))
-        return built
-
-    def _rows_of_saved(self, name: str, what: str, ids: Any) -> torch.Tensor:
-        """Rows of saved ids [n], all of which must be in the table."""
-        if not isinstance(ids, torch.Tensor):
-            raise ValueError(f"table {name!r}: the saved {what} have no ids; is it a HashTable's?")
-        rows = self._store.find(self._flat(_checks.require_ids(ids)))
-        absent = int((rows == MISSING).sum())
-        if absent:
-            raise ValueError(
-                f"table {name!r}: the saved {what} name {absent} ids that the table does not hold; "
-                f"load the model first"
-            )
-        return rows
-
-    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
-        """Replace the moment slots by built ones, or drop them."""
-        self.drop_moments()
-        if built is not None:
-            self._store.slots[EXP_AVG], self._store.slots[EXP_AVG_SQ] = built
-
-    def export_pending(self, name: str) -> list[dict[str, Any]]:
-        """Gradients by id; those whose id is gone are left out."""
-        return [{"ids": ids, "grad": grad} for ids, grad in self._grads.by_id(name)]
-
-    def build_pending(self, name: str, saved: list[dict[str, Any]]) -> Any:
-        """Gradients of the saved ids' rows; see ``Table.build_pending``."""
-        grads = []
-        for piece in saved:
-            require_piece(name, piece)
-            rows = self._rows_of_saved(name, "gradients", piece.get("ids"))
-            if "grad" not in piece:
-                raise ValueError(f"table {name!r}: a saved gradient has no 'grad'")
-            grad = piece["grad"].to(self.device, copy=True)
-            grad = self._require_grad(name, "its saved gradient", grad, rows)
-            grads.append(LookupGrad(self._store.follow(FoundRows(rows)), grad))
-        return grads
-
-    def install_pending(self, built: Any) -> None:
-        """Replace the gradients."""
-        self._grads.replace(built or [])
 
 
 def _require_device(device: torch.device | str) -> torch.device:

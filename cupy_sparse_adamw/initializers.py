@@ -2,7 +2,8 @@
 
 An initializer says which distribution; the engines draw from it, each value a pure function of
 (seed, id, column). Names and argument order are RecIS's, and so is its builder (``set_shape``,
-``set_dtype``, ``build``, ``generate``), which a HashTable here does not need.
+``set_dtype``, ``build``, ``generate``). A HashTable needs none of it: it takes an initializer that
+is built or not, and one may serve several tables.
 """
 
 from __future__ import annotations
@@ -81,27 +82,49 @@ class Initializer:
         return int(word.random_(-(2**63), None, generator=self._generator))
 
     def set_shape(self, shape: Sequence[int]) -> None:
-        """Set what ``generate`` returns: [block_size, *embedding_shape]."""
+        """Set what ``generate`` returns: [block_size, *embedding_shape].
+
+        Raises:
+            TypeError, ValueError: ``shape`` is no sequence of ints of at least 1.
+            RuntimeError: the initializer is built.
+        """
+        self._require_not_built()
         if not isinstance(shape, Sequence) or not shape:
             raise TypeError(f"shape must be a sequence of ints such as [1024, 64], got {shape!r}")
         self._shape = tuple(require_int("shape", size, 1) for size in shape)
 
     def set_dtype(self, dtype: torch.dtype = torch.float32) -> None:
-        """Set the dtype of what ``generate`` returns."""
+        """Set the dtype of what ``generate`` returns.
+
+        Raises:
+            TypeError: ``dtype`` is none of a table.
+            RuntimeError: the initializer is built.
+        """
+        self._require_not_built()
         self._dtype = require_table_dtype(type(self).__name__, dtype)
 
     def build(self) -> None:
-        """Fix the distribution for the shape and dtype that are set. May be called again.
+        """Fix the distribution for the shape and dtype that are set, once.
+
+        fan_in is the product of all sizes but the first, fan_out the first.
 
         Raises:
-            RuntimeError: no shape is set.
+            RuntimeError: no shape is set, or the initializer is built.
             ValueError: values would not fit the dtype.
         """
+        self._require_not_built()
         if self._shape is None:
             raise RuntimeError("call set_shape([block_size, *embedding_shape]) before build()")
         distribution = self.distribution(math.prod(self._shape[1:]), self._shape[0])
         require_fits(distribution, self._dtype)
         self._impl = distribution
+
+    def _require_not_built(self) -> None:
+        if self._impl is not None:
+            raise RuntimeError(
+                f"rebuild initializer: {self} is built for shape {list(self._shape or ())} and "
+                f"{self._dtype}; make a new one for another shape or dtype"
+            )
 
     def impl(self) -> Distribution | None:
         """What ``build`` has fixed, None before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,14 +33,45 @@ class FoundRows:
     """Rows [N] int64 that were found for ids, ``MISSING`` for those without one.
 
     They are followed (``RowStore.rows_now``) while somebody keeps this: before rows are renumbered
-    or given to other ids, ``ids`` [N] notes what they stood for.
+    or given to other ids, ``ids`` [N] notes what they stood for. While ``pinned`` a gradient waits
+    for them, or may come.
     """
 
-    __slots__ = ("__weakref__", "ids", "rows")
+    __slots__ = ("__weakref__", "ids", "pinned", "rows")
 
     def __init__(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> None:
         self.rows = rows
         self.ids = ids
+        self.pinned = True
+
+
+class SlotGroup:
+    """The slots of a table, under RecIS's names: row r of each belongs to the same id."""
+
+    def __init__(self, slots: Mapping[str, Slot]) -> None:
+        self._slots = slots
+
+    def slots(self) -> list[Slot]:
+        """All of them, the embedding first."""
+        return list(self._slots.values())
+
+    def slot_by_name(self, name: str) -> Slot:
+        """The slot of a name.
+
+        Raises:
+            KeyError: there is none; the text names those there are.
+        """
+        if name not in self._slots:
+            raise KeyError(f"no slot {name!r}; there are {', '.join(map(repr, self._slots))}")
+        return self._slots[name]
+
+    def slot_by_index(self, index: int) -> Slot:
+        """The slot of an index, as ``slots`` lists them; IndexError if there is none."""
+        return self.slots()[index]
+
+    def slot_index(self, name: str) -> int:
+        """The index of the slot of a name; KeyError if there is none."""
+        return self.slots().index(self.slot_by_name(name))
 
 
 class RowStore:
@@ -162,11 +194,7 @@ class RowStore:
         Raises:
             RuntimeError: a CUDA graph is being captured: a replay could not take memory.
         """
-        if functional.is_capturing(self.embedding.device):
-            raise RuntimeError(
-                "a lookup that may insert rows cannot be captured into a CUDA graph; put the "
-                "table into eval mode, or look up with AdmitHook('ReadOnly')"
-            )
+        self.require_no_capture()
         count, bound = ids.numel(), self._bound
         with torch.inference_mode(False):  # rows outlive the mode that they appear in
             for known in (bound.at_most, bound.copied, bound.exactly):
@@ -177,6 +205,14 @@ class RowStore:
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
             self._make_room(bound.at_most().plus(distinct + spare))
             return self._insert(ids, distinct) if distinct else rows
+
+    def require_no_capture(self) -> None:
+        """Raise RuntimeError while a CUDA graph is being captured: replays take no memory."""
+        if functional.is_capturing(self.embedding.device):
+            raise RuntimeError(
+                "a lookup that may insert rows cannot be captured into a CUDA graph; put the "
+                "table into eval mode, or look up with AdmitHook('ReadOnly')"
+            )
 
     def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
         """``find_or_insert`` where there is room for the new ids, of which there are so many."""
@@ -227,8 +263,7 @@ class RowStore:
 
     def follow(self, found: FoundRows) -> FoundRows:
         """See to it that ``rows_now`` knows where these rows went, as long as they are kept."""
-        if found.ids is None:
-            self._followed.add(found)
+        self._followed.add(found)
         return found
 
     def rows_now(self, found: FoundRows) -> torch.Tensor:
@@ -239,10 +274,24 @@ class RowStore:
 
     def _note_ids(self) -> None:
         """Note what rows stand for, where somebody keeps them: they are about to change."""
-        for found in list(self._followed):
-            if found.rows.device == self.embedding.device:  # else the table was moved meanwhile
+        for found in self._followed_here():
+            if found.ids is None:
                 found.ids = functional.gather(self.ids_by_row, found.rows).flatten()
-        self._followed.clear()
+
+    def _followed_here(self) -> list[FoundRows]:
+        """All but those that were found before the table was moved to another device."""
+        return [x for x in list(self._followed) if x.rows.device == self.embedding.device]
+
+    def pinned_rows(self) -> torch.Tensor:
+        """Rows [n] int64 that a gradient waits for or may come for; some repeat."""
+        none = torch.empty(0, dtype=torch.int64, device=self.embedding.device)
+        pinned = [self.rows_now(found) for found in self._followed_here() if found.pinned]
+        return torch.cat([none, *pinned])
+
+    def unpin(self) -> None:
+        """No gradient waits any more, nor does one come for lookups made so far."""
+        for found in list(self._followed):
+            found.pinned = False
 
     # ------------------------------------------------------------------ memory
 
@@ -282,6 +331,13 @@ class RowStore:
                 stacklevel=2,
             )
 
+    def add_slot(self, name: str, dim: int, dtype: torch.dtype) -> Slot:
+        """A value of width ``dim`` for each row from now on, which is zero for every new id."""
+        slot = Slot(name, dim, self._block_size, dtype, self.embedding.device)
+        slot.reserve(self.embedding.num_rows())
+        self.slots[name] = slot
+        return slot
+
     def new_moments(self) -> tuple[Slot, Slot]:
         """Zeroed slots for exp_avg and exp_avg_sq, not yet part of the store."""
         embedding, dtype = self.embedding, MOMENT_DTYPE[self.embedding.dtype]
@@ -297,17 +353,17 @@ class RowStore:
 
     def clear(self) -> None:
         """Remove every row and give its memory back."""
-        self.load(torch.empty(0, dtype=torch.int64, device=self.embedding.device), None)
+        self.load(torch.empty(0, dtype=torch.int64, device=self.embedding.device), {})
 
-    def load(self, ids: torch.Tensor, values: torch.Tensor | None) -> None:
-        """Hold exactly these ids: row i is ``ids[i]`` with embedding ``values[i]``.
+    def load(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Hold exactly these ids: row i is ``ids[i]`` with value ``values[name][i]`` in each slot.
 
-        Values [n, D] of other slots stay with their ids; new ids have zeros there. All memory is
-        taken before anything changes.
+        In slots without values here, those of before stay with their ids, and new ids have zeros.
+        All memory is taken before anything changes.
 
         Args:
             ids: [n] int64, distinct.
-            values: [n, D] of the embedding's dtype; None if n is 0.
+            values: slot's name -> [n, D] of its dtype, "embedding" among them unless n is 0.
         """
         self._note_ids()
         size, device = ids.numel(), ids.device
@@ -323,10 +379,10 @@ class RowStore:
         for name, slot in self.slots.items():
             new = slots[name] = Slot(name, slot.dim, self._block_size, slot.dtype, device)
             new.reserve(size)
-            if name != EMBEDDING:
+            if name in values:
+                functional.scatter_(new, rows, values[name])
+            elif name != EMBEDDING:
                 functional.scatter_(new, rows[kept], functional.gather(slot, old_rows[kept]))
-            elif values is not None:
-                functional.scatter_(new, rows, values)
         self._leave_graph()
         self.slots, self.ids_by_row = slots, ids_by_row
         self._index, self._bound = index, RowBound(index.counters, Rows(size, size))

@@ -134,15 +134,18 @@ def test_gradients_find_their_rows_by_id(engine, when):
 
 
 def test_only_the_followed_pay(engine):
-    """A lookup that nobody keeps is not followed; one that was noted already is not noted again."""
+    """A lookup that nobody keeps is not followed; one that is noted once is not noted again."""
     table = normal_table()
     table(torch.arange(4))
     assert len(table._store._followed) == 0
     out = table(torch.arange(4))
-    assert len(table._store._followed) == 1
+    (found,) = table._store._followed
+    assert found.ids is None
     table.delete(torch.tensor([9]))
-    assert len(table._store._followed) == 0
+    ids = found.ids
     table.delete(torch.tensor([0]))
+    assert found.ids is ids
+    assert ids.tolist() == [0, 1, 2, 3]
     out.sum().backward()
     assert table.grad().coalesce().values().shape == (3, 3)
 

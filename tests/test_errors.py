@@ -14,7 +14,13 @@ import torch
 from conftest import why_no_gpu
 from oracle import bits
 
-from cupy_sparse_adamw import AdmitHook, HashTable, SparseAdamW, filter_out_sparse_param
+from cupy_sparse_adamw import (
+    AdmitHook,
+    FilterHook,
+    HashTable,
+    SparseAdamW,
+    filter_out_sparse_param,
+)
 
 ROWS, DIM = 6, 4
 IDS = torch.tensor([[1, 4, 1], [5, 1, 0]])
@@ -67,7 +73,7 @@ def snapshot(optimizer, tables):
         if isinstance(table, HashTable):
             values = {"ids": table.ids(), "weight": table.embeddings()}
             moments = [x.value() for key, x in table._store.slots.items() if key != "embedding"]
-            grads = [x for entry in table._grads._grads for x in (entry.rows, entry.grad)]
+            grads = [x for entry in table._grads._grads for x in (entry.found.rows, entry.grad)]
         else:
             values = {"weight": table.weight}
             moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
@@ -329,7 +335,6 @@ HALVES = HashTable([DIM], dtype=torch.bfloat16)
 DICT = "must be a dict.*name -> table.*filter_out_sparse_param"
 GROUP = "'params' is a dict of name -> table.*filter_out_sparse_param"
 NO_GPU = pytest.mark.skipif(why_no_gpu() is None, reason="a CUDA table is no error here")
-LATER = "{}=.* is not supported yet; leave it out"
 CALLS = [  # on a Run whose second table is a HashTable of 4 rows
     (lambda run: SparseAdamW(SPARSE), TypeError, f"param_dict {DICT}"),
     (lambda run: SparseAdamW(SPARSE.parameters()), TypeError, DICT),
@@ -353,15 +358,48 @@ CALLS = [  # on a Run whose second table is a HashTable of 4 rows
     (make(initializer=0.0), TypeError, "such as NormalInitializer.*got float"),
     (make(name=3), TypeError, "name must be a string or None, got int"),
     (make(grad_reduce_by="mean"), ValueError, "'worker' or 'id', got 'mean'"),
-    (make(coalesced=True), NotImplementedError, LATER.format("coalesced")),
-    (make(children=["a"]), NotImplementedError, LATER.format("children")),
-    (make(slice=slice(9)), NotImplementedError, LATER.format("slice")),
-    (make(filter_hook=print), NotImplementedError, LATER.format("filter_hook")),
     (second("forward", IDS.float()), TypeError, r"int64.*torch.float32; use ids.long\(\)"),
     (second("forward", IDS > 1), TypeError, r"int64.*torch.bool; use ids.long\(\)"),
     (second("forward", [1, 2]), TypeError, "ids must be an int64 .*got list; use torch.tensor"),
-    (second("forward", IDS, "ReadOnly"), TypeError, r"got str; use AdmitHook\('ReadOnly'\)"),
-    (lambda run: AdmitHook("All"), ValueError, "'ReadOnly', got 'All'"),
+    (
+        second("forward", IDS, "ReadOnly"),
+        TypeError,
+        r"admit_hook.*AdmitHook\('ReadOnly'\), got str",
+    ),
+    (
+        second("forward", IDS, AdmitHook("All")),
+        ValueError,
+        "must be one of 'ReadOnly', 'Frequency'.*, got 'All'; .*regist_admit",
+    ),
+    (lambda run: AdmitHook(3), TypeError, "name must be a string, got 3"),
+    (lambda run: FilterHook("LRU", [3]), TypeError, r"params must be a dict, got \[3\]"),
+    (
+        second("forward", IDS, AdmitHook("ReadOnly", {"k": 1})),
+        TypeError,
+        r"ReadOnlyHookImpl takes no parameters \['k'\]",
+    ),
+    (
+        lambda run: HashTable([2], filter_hook="LRU"),
+        TypeError,
+        r"filter_hook.*FilterHook\('GlobalStepFilter'\), got str",
+    ),
+    (
+        lambda run: HashTable([2], filter_hook=FilterHook("LRU")),
+        TypeError,
+        "max_rows",
+    ),
+    (
+        lambda run: HashTable([2], filter_hook=FilterHook("LRU", {"max_rows": 0})),
+        ValueError,
+        "max_rows must be.* at least 1",
+    ),
+    (
+        lambda run: HashTable([2], filter_hook=FilterHook("LRU", {"max_rows": 5, "name": "seed"})),
+        ValueError,
+        "a slot's name.*got 'seed'",
+    ),
+    (make(slice=(0, 1, 2)), TypeError, r"slice.*gen_slice\(0, 4\), got \(0"),
+    (make(children=["a", "b"]), ValueError, "coalesced=True"),
     (second("to", "meta"), ValueError, "device must be cpu or cuda, got meta"),
     (second("reserve", -1), ValueError, "n must be at least 0, got -1"),
     (second("grad", 0), ValueError, "acc_step must be at least 1, got 0"),

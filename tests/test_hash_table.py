@@ -461,7 +461,10 @@ def test_loading_keeps_moments_of_ids_that_stay():
             r"embedding must have shape \[3, 4\]",
         ),
         (lambda s: s.update(embedding=s["embedding"][:2]), r"got \[2, 4\]"),
-        (lambda s: s.update(embedding=s["embedding"].long()), "must be floating, got torch.int64"),
+        (
+            lambda s: s.update(embedding=s["embedding"].long()),
+            "embedding must be torch.float32, got torch.int64",
+        ),
         (lambda s: s.update(ids=s["ids"] * 0), "ids holds an id twice"),
         (lambda s: s.pop("embedding"), "Missing key.*embedding"),
         (lambda s: s.pop("seed"), "Missing key.*seed"),

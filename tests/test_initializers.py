@@ -500,9 +500,46 @@ def test_the_builder_says_what_is_missing():
     initializer.set_dtype()  # RecIS's own default
     initializer.build()
     assert initializer.generate().dtype == torch.float32
-    initializer.set_shape([4])
-    initializer.build()  # again: one initializer may serve several tables
-    assert initializer.generate().shape == (4,)
+
+
+def test_what_is_built_stays():
+    initializer = built(csa.XavierNormalInitializer(), [2, 3], torch.float64)
+    fixed = initializer.impl()
+    for change in (
+        initializer.build,
+        lambda: initializer.set_shape([4]),
+        lambda: initializer.set_dtype(torch.float16),
+    ):
+        text = r"rebuild initializer: Xavier.* shape \[2, 3\] and torch.float64; make a new one"
+        with pytest.raises(RuntimeError, match=text):
+            change()
+    assert initializer.impl() is fixed
+    values = initializer.generate()
+    assert (values.shape, values.dtype) == ((2, 3), torch.float64)
+
+
+def test_a_build_that_failed_may_be_repeated():
+    initializer = csa.ConstantInitializer(1e5)
+    with pytest.raises(ValueError, match=r"initial values must fit torch\.float16"):
+        built(initializer, [2, 3], torch.float16)
+    assert initializer.impl() is None
+    assert (built(initializer, [2], torch.float32).generate() == 1e5).all()
+
+
+def test_a_built_initializer_serves_tables_as_one_that_is_not():
+    ids = torch.tensor(ANY_IDS)
+
+    def tables(initializer: csa.Initializer) -> list[torch.Tensor]:
+        shapes = [(D, BLOCK), (D, BLOCK), (5, 7)]  # each has fans of its own
+        return [csa.HashTable([d], n, initializer=initializer)(ids).detach() for d, n in shapes]
+
+    def xavier() -> csa.Initializer:
+        return csa.XavierNormalInitializer(generator=torch.Generator().manual_seed(3))
+
+    want = tables(xavier())
+    assert not torch.equal(want[0], want[1])  # a seed each
+    got = tables(built(xavier(), [2, 2], torch.float16))
+    assert all(map(torch.equal, got, want))
 
 
 # ---------------------------------------------------------------------------- bad arguments

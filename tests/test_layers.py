@@ -18,13 +18,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cupy_sparse_adamw"
 
-LEAVES = {"_checks", "_types"}
+LEAVES = {"_checks", "_memory", "_types"}
 ENGINES = {"engines.cpu", "engines.cuda"}
 ANYTHING = {"*"}
 
 # What each layer may import, besides itself.
 ALLOWED = {
-    "_types": set(),
+    "_memory": set(),
+    "_types": {"_memory"},
     "_checks": {"_types"},
     "initializers": LEAVES,
     "reference": LEAVES,
@@ -33,13 +34,20 @@ ALLOWED = {
     "engines.cuda": LEAVES | {"cuda_src"},
     "cuda_src": set(),
     "functional": LEAVES | {"reference"} | ENGINES,
-    "tables": LEAVES,
+    "tables": LEAVES | {"recis"},
+    "recis": LEAVES | {"functional", "tables"},
     "row_bound": LEAVES | {"functional"},
     "row_store": LEAVES | {"functional", "row_bound"},
     "lookup_grads": LEAVES | {"functional", "row_store"},
+    "row_table": LEAVES | {"functional", "row_store", "lookup_grads", "tables"},
+    "children": LEAVES,
+    "slices": LEAVES,
     "hooks": LEAVES,
+    "policies": LEAVES | {"functional", "hooks"},
     "hash_table": LEAVES
-    | {"hooks", "initializers", "functional", "row_store", "lookup_grads", "tables"},
+    | {"functional", "row_store", "lookup_grads", "row_table"}
+    | {"initializers", "children", "slices", "hooks", "policies"},
+    "state_dicts": LEAVES | {"hash_table"},
     "optim": LEAVES | {"functional", "tables", "hash_table"},
     "_doctor": LEAVES | {"functional"},
     "__init__": ANYTHING,
@@ -47,7 +55,7 @@ ALLOWED = {
 }
 
 # Imported inside functions only, in the branch that needs it.
-LAZY = {("functional", engine) for engine in ENGINES}
+LAZY = {("functional", engine) for engine in ENGINES} | {("tables", "recis")}
 
 # The one layer that may import each of these.
 OWNER = {"numba": "engines.cpu", "llvmlite": "engines.cpu", "cupy": "engines.cuda"}
