@@ -26,7 +26,7 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test lint format doctor bench bench-compare bench-baseline bench-quick bench-gpu kernels gpu-check mutants FORCE
+.PHONY: help setup train test lint format doctor scale bench bench-compare bench-baseline bench-quick bench-gpu kernels gpu-check mutants FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -65,6 +65,9 @@ bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots;
 	@rm -f $(RESULTS)/all.json
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(RESULTS)/all.json $(ARGS)
 	@$(PY) benchmarks/report.py $(RESULTS)/all.json --plots
+
+scale: $(VENV)/train.installed ## does a HashTable hold at 50 million rows? Needs 10 GB and some minutes
+	PYTHONPATH="$(CURDIR)" $(PY) benchmarks/scale.py $(ARGS)
 
 bench-compare: | $(PY) ## compare the ratios of the last bench with benchmarks/baseline.json
 	@$(PY) benchmarks/report.py $(RESULTS)/all.json --compare
