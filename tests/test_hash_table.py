@@ -19,6 +19,7 @@ from cupy_sparse_adamw import (
     XavierNormalInitializer,
     filter_out_sparse_param,
 )
+from cupy_sparse_adamw.row_store import MAX_LOAD
 
 EXTREMES = [0, -1, 1, 2**63 - 1, -(2**63), 2**32]
 
@@ -155,6 +156,24 @@ def test_a_large_table_needs_few_allocations_and_wastes_little():
     slot = table._store.embedding
     assert len(slot._slabs) <= 80
     assert slot.num_rows() <= 1.13 * 100_000
+
+
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_memory_follows_what_is_needed(with_moments):
+    """At every size from some thousand rows on: rows, their ids, and keys at the load factor."""
+    table = HashTable([8], block_size=64)
+    if with_moments:
+        optimizer = SparseAdamW({"items": table})
+        table(torch.arange(4)).sum().backward()
+        optimizer.step()
+    a_row = 8 * 4 * (3 if with_moments else 1) + 8 + 16 / MAX_LOAD
+    ratios = []
+    for first in range(0, 200_000, 500):
+        with torch.no_grad():
+            table(torch.arange(first, first + 500))
+        if first > 5000:
+            ratios.append(table.nbytes / (len(table) * a_row))
+    assert 1.0 <= min(ratios) < max(ratios) < 1.3
 
 
 def test_a_repeated_new_id_takes_one_row_of_memory():
