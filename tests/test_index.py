@@ -222,6 +222,18 @@ def test_entries_stand_in_the_order_of_mixed_ids(engine):
     assert int(((places - homes) % 1000).max()) < 20  # none is far from where its search begins
 
 
+def test_a_cluster_across_the_end_of_an_index(engine):
+    """As another engine would have left it: the search goes over the last entry to the first."""
+    ids = [id_ for id_ in range(2000) if (mixed(id_) * 64) >> 64 == 61][:6]
+    entries = empty_index(64)
+    for id_, place in zip(ids, (61, 62, 63, 0, 1, 2), strict=True):
+        entries[place] = torch.tensor([id_, place])
+    assert functional.find(entries, torch.tensor(ids)).tolist() == [61, 62, 63, 0, 1, 2]
+    more = [id_ for id_ in range(2000, 9000) if (mixed(id_) * 64) >> 64 == 62][:1]
+    functional.insert_(entries, torch.tensor(more), torch.tensor([7]))
+    assert entries[3].tolist() == [more[0], 7]
+
+
 def test_engines_share_an_index():
     """What one engine inserted, the other finds."""
     entries = empty_index(4096)
