@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ._memory import empty
+
 #: Table dtype -> dtype of its moments and of its update (SPEC: fp32, fp64 for fp64 tables).
 MOMENT_DTYPE = {
     torch.float32: torch.float32,
@@ -156,9 +158,7 @@ class Slot:
             return
         blocks = max(-(-(rows - held) // self._block_size), held // self._block_size // 8)
         with torch.inference_mode(False):  # a slab outlives the mode that it is allocated in
-            slab = torch.zeros(
-                blocks * self._block_size, self.dim, dtype=self.dtype, device=self.device
-            )
+            slab = empty((blocks * self._block_size, self.dim), self.dtype, self.device).zero_()
         self._append(slab)
 
     def _append(self, slab: torch.Tensor) -> None:

@@ -223,7 +223,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         for table, pending in zip(tables, grads, strict=True):
             state = self.state[table.key]
             step = state.get("step")
-            if step is None or step.device != pending.param.device:
+            if (
+                step is None
+                or step.device != pending.param.device
+                or step.dtype is not torch.int64  # put there by hand; engines read int64
+            ):
                 self._put_on_device(state, pending.param.device)
             pending.fault = state["row_fault"]
             states.append(state)
@@ -253,7 +257,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=device)
             else:  # a HashTable was moved
                 for key in ("step", "row_fault"):
-                    state[key] = state[key].to(device)
+                    state[key] = state[key].to(device, torch.int64)
 
     def _require_capturable(
         self, tables: list[Table], grads: list[Pending], hypers: list[Hyperparams]
@@ -266,6 +270,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"capture every backward before the one step()"
             )
         for table, pending, hyper in zip(tables, grads, hypers, strict=True):
+            table.saved_rows, table.is_in_graph = None, True
             step = self.state.get(table.key, {}).get("step")
             if step is None or step.device != table.device:
                 raise RuntimeError(
@@ -344,6 +349,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             IndexError: an earlier update on a GPU got a gradient of a row out of range. It is
                 raised once.
         """
+        return self._export_state()
+
+    def _export_state(self, *, moments: bool = True) -> dict[str, Any]:
+        """``state_dict``, or all of it but moments: a checkpoint has them beside the rows."""
         self._raise_faults()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -352,7 +361,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for _, name, table in self._named_tables():
             state = self.state.get(table.key, {})
             if step := int(state.get("step", 0)):
-                states[name] = {"step": step, **table.export_moments(state)}
+                states[name] = {"step": step, **(table.export_moments(state) if moments else {})}
             if self._accumulated:
                 grads[name] = table.export_pending(name)
         result = {
@@ -378,6 +387,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: something does not fit; then nothing has been changed.
         """
+        self._build_state(state_dict)()
+
+    def _build_state(
+        self, state_dict: Mapping[str, Any], built: Mapping[str, Any] | None = None
+    ) -> Callable[[], None]:
+        """What ``load_state_dict`` checks and builds; calling the result puts it in place.
+
+        Args:
+            state_dict: see ``state_dict``.
+            built: the moments of each table in it, as ``build_moments`` makes them, where a
+                checkpoint has them beside the rows.
+        """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
@@ -399,28 +420,32 @@ class SparseOptimizer(torch.optim.Optimizer):
         for name, table in self._tables.items():
             if name in saved_states:
                 counts[name] = _require_step(name, saved_states[name])
-                moments[name] = table.build_moments(name, saved_states[name])
+                moments[name] = (
+                    table.build_moments(name, saved_states[name]) if built is None else built[name]
+                )
             if accumulated:
                 grads[name] = table.build_pending(name, saved_grads.get(name, []))
 
-        had_pending = self._accumulated > 0
-        self.param_groups[:] = groups
-        self._grad_accum_steps, self._accumulated = steps, accumulated
-        self.state.clear()
-        self._reports.clear()
-        for name, table in self._tables.items():
-            built = moments.get(name)
-            state: dict[str, Any] = {}
-            if built:
-                state = self.state[table.key]
-                self._put_on_device(state, table.device, counts[name])
-            table.install_moments(state, built)
-            if accumulated:
-                table.install_pending(grads[name])
-            elif had_pending:  # its micro-batches belong to the state that is replaced
-                table.clear_pending()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        def install() -> None:
+            had_pending = self._accumulated > 0
+            self.param_groups[:] = groups
+            self._grad_accum_steps, self._accumulated = steps, accumulated
+            self.state.clear()
+            self._reports.clear()
+            for name, table in self._tables.items():
+                state: dict[str, Any] = {}
+                if name in moments:
+                    state = self.state[table.key]
+                    self._put_on_device(state, table.device, counts[name])
+                table.install_moments(state, moments.get(name))
+                if accumulated:
+                    table.install_pending(grads[name])
+                elif had_pending:  # its micro-batches belong to the state that is replaced
+                    table.clear_pending()
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
+
+        return install
 
     def _require_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The param groups with saved settings; they must hold the same tables as saved."""

@@ -12,10 +12,12 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _checks
+from ._memory import empty
 from ._types import MOMENT_DTYPE, Pending, PendingGrad, Slot
 
 ACCEPTED = (
-    "a HashTable, a torch.nn.Embedding(sparse=True) or EmbeddingBag(sparse=True), or its weight"
+    "a HashTable, a torch.nn.Embedding(sparse=True) or EmbeddingBag(sparse=True), its weight, or a "
+    "RecIS hash table"
 )
 
 #: The optimizer that owns a table, by the table's key: id(key) -> weak reference.
@@ -33,6 +35,11 @@ class Table:
 
     #: Whether torch.amp.GradScaler can unscale the gradients, as it does those in ``.grad``.
     grad_scaler_reaches_it = False
+    #: Whether a step was captured into a CUDA graph: its replays change rows unseen.
+    is_in_graph = False
+    #: Which rows are as in a checkpoint (``SavedRows``); None while nobody asks for increments, and
+    #: once something changed all rows. ``moments`` notes those in ``pending`` as changed.
+    saved_rows: Any = None
 
     @property
     def key(self) -> Any:
@@ -98,40 +105,46 @@ class Table:
 
 
 class _Over:
-    """A slot over a tensor [R, D], good while ``is_over``."""
+    """A slot over a tensor [R, D], good while ``is_over``.
+
+    The slot keeps the memory that it is over alive. So what else is at its address is a view of it:
+    a tensor of another dtype or on another device is elsewhere.
+    """
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.slot = Slot.over(name, tensor.detach())
         # The address that kernels use: a storage may be moved in place (share_memory_).
-        self._address, self._dtype, self._shape = tensor.data_ptr(), tensor.dtype, tensor.shape
+        self.address, self.shape = tensor.data_ptr(), tensor.shape
 
     def is_over(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory, dtype and shape are what they were."""
+        """Whether the tensor's memory and shape are what they were; never of an empty one."""
         return (
-            tensor.data_ptr() == self._address
-            and tensor.dtype is self._dtype
-            and tensor.shape == self._shape
+            tensor.data_ptr() == self.address != 0  # 0: without memory, on whatever device
+            and tensor.shape == self.shape
             and tensor.is_contiguous()
         )
 
 
 class _Moments:
-    """The slots over the moments of the weights in slot ``param``, good while ``are_in``."""
+    """The slots over the moments of the weights in slot ``param``, good while ``are_in``.
+
+    Moments belong to the optimizer: they may be replaced or moved, but nobody reshapes them alone.
+    """
 
     def __init__(self, param: Slot, state: dict[str, Any]) -> None:
         self.param = param
-        self._exp_avg = _Over("exp_avg", state["exp_avg"])
-        self._exp_avg_sq = _Over("exp_avg_sq", state["exp_avg_sq"])
+        self._tensors: tuple[torch.Tensor, torch.Tensor] = state["exp_avg"], state["exp_avg_sq"]
+        self._exp_avg, self._exp_avg_sq = map(_Over, ("exp_avg", "exp_avg_sq"), self._tensors)
         self.slots = self._exp_avg.slot, self._exp_avg_sq.slot
 
     def are_in(self, state: dict[str, Any]) -> bool:
         """Whether the moments in an optimizer's state are still these."""
-        first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+        first, second = self._tensors
         return (
-            first is not None
-            and second is not None
-            and self._exp_avg.is_over(first)
-            and self._exp_avg_sq.is_over(second)
+            first is state.get("exp_avg")
+            and second is state.get("exp_avg_sq")
+            and first.data_ptr() == self._exp_avg.address != 0
+            and second.data_ptr() == self._exp_avg_sq.address != 0
         )
 
 
@@ -158,7 +171,7 @@ class EmbeddingTable(Table):
         self._moments: _Moments | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_param": None, "_moments": None}
+        return {**self.__dict__, "_param": None, "_moments": None, "saved_rows": None}
 
     @property
     def key(self) -> Any:
@@ -176,7 +189,7 @@ class EmbeddingTable(Table):
     def pending(self, name: str) -> Pending | None:
         """The gradients in ``weight.grad``; see ``Table.pending``."""
         weight = self.weight
-        grad, shape = weight.grad, weight.shape
+        grad = weight.grad
         if grad is None:
             return None
         if grad.layout is not torch.sparse_coo:
@@ -184,6 +197,11 @@ class EmbeddingTable(Table):
                 f"table {name!r}: its gradient is dense; create the embedding with sparse=True, or "
                 f"give this parameter to torch.optim.AdamW"
             )
+        held = self._param
+        if held is None or not held.is_over(weight):
+            _require_contiguous(name, weight)
+            held = self._param = _Over("embedding", weight)
+        param, shape = held.slot, held.shape
         values = grad._values()  # not differentiable, nor are _indices
         if grad.shape != shape or values.dim() != 2:
             raise ValueError(
@@ -191,19 +209,13 @@ class EmbeddingTable(Table):
                 f"{list(shape)}, got shape {list(grad.shape)} with "
                 f"{grad.sparse_dim()} sparse dimensions"
             )
-        if not weight.is_contiguous():
-            _require_contiguous(name, weight)
-        if values.dtype is not weight.dtype:
-            _checks.require_dtype(name, "its gradient", values, (weight.dtype,))
+        if values.dtype is not param.dtype:
+            _checks.require_dtype(name, "its gradient", values, (param.dtype,))
         indices = grad._indices()
         if not indices.is_contiguous():
             indices = indices.contiguous()
-        held = self._param
-        if held is None or not held.is_over(weight):
-            held = self._param = _Over("embedding", weight)
         piece = PendingGrad(indices, values)
-        coalesced = grad.is_coalesced()
-        return Pending(name, held.slot, shape[0], [piece], coalesced=coalesced)
+        return Pending(name, param, shape[0], [piece], coalesced=grad.is_coalesced())
 
     def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The moments in the optimizer's state, as in torch: ``exp_avg`` and ``exp_avg_sq`` [R, D].
@@ -211,6 +223,9 @@ class EmbeddingTable(Table):
         Raises:
             RuntimeError: the weight was moved, converted or resized after the first step.
         """
+        if self.saved_rows is not None:
+            for piece in pending.pieces:
+                self.saved_rows.change(piece.rows)
         held = self._moments
         if held is None or held.param is not pending.param or not held.are_in(state):
             self._require_moments(pending.name, state)
@@ -223,7 +238,7 @@ class EmbeddingTable(Table):
         dtype = MOMENT_DTYPE[weight.dtype]
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in state:
-                state[key] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+                state[key] = empty(weight.shape, dtype, weight.device).zero_()
             x = state[key]
             if (x.dtype, x.device, x.shape) != (dtype, weight.device, weight.shape):
                 raise RuntimeError(
@@ -271,6 +286,7 @@ class EmbeddingTable(Table):
         """Put copies made by ``build_moments`` into the optimizer's state."""
         state.pop("exp_avg", None)
         state.pop("exp_avg_sq", None)
+        self.saved_rows = None
         self._moments = None  # or they would hold the memory until the next step
         if built is not None:
             state["exp_avg"], state["exp_avg_sq"] = built
@@ -350,7 +366,7 @@ def _require_contiguous(name: str, weight: torch.Tensor) -> None:
 
 def _plain_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A contiguous copy, whatever the strides."""
-    return tensor.detach().to(device).clone(memory_format=torch.contiguous_format)
+    return empty(tensor.shape, tensor.dtype, device).copy_(tensor.detach())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -391,6 +407,12 @@ def require_moments(
     return saved["exp_avg"], saved["exp_avg_sq"]
 
 
+def recis_impl(value: Any) -> Any | None:
+    """The RecIS ``HashtableImpl`` that ``value`` is, or wraps as RecIS's module does, or None."""
+    impl = getattr(value, "_hashtable_impl", value)
+    return impl if hasattr(impl, "hashtable_tag") else None
+
+
 def as_table(name: str, value: Any) -> Table:
     """The table that ``value`` is or holds.
 
@@ -408,6 +430,10 @@ def as_table(name: str, value: Any) -> Table:
         value = value.weight
     if isinstance(value, torch.Tensor):
         return EmbeddingTable(name, value)
+    if (impl := recis_impl(value)) is not None:
+        from .recis import RecisTable  # it implements Table
+
+        return RecisTable.of(name, impl)
     raise TypeError(f"{name}: expected {ACCEPTED}, got {type(value).__name__}")
 
 
@@ -436,9 +462,9 @@ def require_owned(name: str, table: Table, optimizer: object) -> None:
 def filter_out_sparse_param(model: torch.nn.Module) -> dict[str, Any]:
     """Every table in a module tree, ready for ``param_dict``.
 
-    A HashTable is listed by its name, or by its path in the tree if it has none; sparse Embedding
-    and EmbeddingBag modules by path. A weight that several modules share is listed once. A model
-    that is itself a table without a name is listed by its class name.
+    A HashTable, also one of RecIS, is listed by its name, or by its path in the tree if it has
+    none; sparse Embedding and EmbeddingBag modules by path. A weight that several modules share is
+    listed once. A model that is itself a table without a name is listed by its class name.
 
     Raises:
         ValueError: two tables have one name; the text names both modules.
@@ -455,6 +481,8 @@ def filter_out_sparse_param(model: torch.nn.Module) -> dict[str, Any]:
             key = module.key
         elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
             name, key = path, module.weight
+        elif (impl := recis_impl(module)) is not None:
+            name, key = getattr(module, "_name", None) or path, impl
         else:
             continue
         if id(key) in keys:

@@ -525,3 +525,80 @@ def test_moments_replaced_by_hand_are_seen(key):
     with pytest.raises(RuntimeError, match=f"table 'table': its {key} is not contiguous"):
         optimizer.step()
     assert torch.equal(weight, before)
+
+
+def two_steps(rows: int = 4, dim: int = 3) -> tuple[SparseAdamW, torch.nn.Parameter]:
+    """An optimizer of one table, after two steps, with the next gradient in place."""
+    weight = torch.nn.Parameter(torch.zeros(rows, dim))
+    optimizer = SparseAdamW({"table": weight}, lr=0.1)
+    for _ in range(2):
+        set_grad(weight)
+        optimizer.step()
+    set_grad(weight)
+    return optimizer, weight
+
+
+def set_grad(weight: torch.nn.Parameter) -> None:
+    """One gradient of ones for the first row, if there is one."""
+    count = min(len(weight), 1)
+    weight.grad = torch.sparse_coo_tensor(
+        torch.zeros(1, count, dtype=torch.int64),
+        torch.ones(count, weight.shape[1], dtype=weight.dtype),
+        weight.shape,
+        check_invariants=True,
+    )
+
+
+def test_weights_replaced_through_data_are_updated():
+    optimizer, weight = two_steps()
+    before = weight.data
+    copied = before.clone()
+    weight.data = torch.full((4, 3), 5.0)
+    optimizer.step()
+    assert torch.equal(before, copied)
+    torch.testing.assert_close(weight[0], torch.full((3,), 5.0 - 0.1 * (1 + 0.01 * 5.0)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        pytest.param(4, lambda data: data[:2], id="fewer rows, at the same address"),
+        pytest.param(4, lambda data: data.double(), id="another dtype"),
+        pytest.param(0, lambda data: data.double(), id="empty, so without an address"),
+    ],
+)
+def test_weights_changed_through_data_after_the_first_update(rows, change):
+    optimizer, weight = two_steps(rows)
+    weight.grad = None
+    weight.data = change(weight.data)
+    set_grad(weight)
+    with pytest.raises(RuntimeError, match=r"its weight became .* after its first update"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_replaced_through_data_are_seen(key):
+    optimizer, weight = two_steps()
+    moment = optimizer.state[weight][key]
+    before = moment.data
+    copied = before.clone()
+    moment.data = torch.zeros(4, 3)
+    optimizer.step()
+    assert torch.equal(before, copied)
+    assert moment[0].ne(0).all()
+    moment.data = moment.data.double()
+    set_grad(weight)
+    with pytest.raises(RuntimeError, match=r"its moments are \[4, 3\] torch.float64"):
+        optimizer.step()
+
+
+def test_a_step_put_into_the_state_by_hand():
+    """t may be of any dtype there, as in torch.optim's own states, which hold float32."""
+    optimizers, weights = zip(*(two_steps() for _ in range(2)), strict=True)
+    for optimizer, weight, dtype in zip(
+        optimizers, weights, (torch.int64, torch.float32), strict=True
+    ):
+        optimizer.state[weight]["step"] = torch.tensor(1000, dtype=dtype)
+        optimizer.step()
+        assert optimizer.state_dict()["state"]["table"]["step"] == 1001
+    assert torch.equal(*weights)

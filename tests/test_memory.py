@@ -1,0 +1,114 @@
+"""Memory that the package allocates for rows asks for huge pages."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cupy_sparse_adamw import HashTable, SparseAdamW, _memory
+
+CPU = torch.device("cpu")
+SMAPS = Path("/proc/self/smaps")
+DIM = 8
+#: Above 32 MiB, for which malloc takes fresh pages: others may have been asked for before.
+ROWS = (1 << 20) + 1024
+
+needs_huge_pages = pytest.mark.skipif(
+    not (hasattr(mmap, "MADV_HUGEPAGE") and Path("/sys/kernel/mm/transparent_hugepage").exists()),
+    reason="huge pages on demand are a matter of Linux kernels that are built with them",
+)
+
+
+def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
+    """Whether the kernel was told so of the mapping that the tensor's middle is in.
+
+    Whether it has huge pages to give is another matter, and not ours.
+    """
+    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in SMAPS.read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            begin, end = (int(x, 16) for x in key.split("-"))
+            inside = begin <= address < end
+        elif inside and key == "VmFlags:":
+            return "hg" in values
+    raise AssertionError("the tensor is in no mapping of this process")
+
+
+def embedding_state() -> tuple[SparseAdamW, torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.zeros(ROWS, DIM))
+    weight.grad = torch.sparse_coo_tensor(
+        [[1, ROWS - 1]], torch.ones(2, DIM), (ROWS, DIM), check_invariants=True
+    )
+    optimizer = SparseAdamW({"table": weight})
+    optimizer.step()
+    return optimizer, weight
+
+
+def moments_of(optimizer: SparseAdamW, key: object) -> list[torch.Tensor]:
+    return [optimizer.state[key]["exp_avg"], optimizer.state[key]["exp_avg_sq"]]
+
+
+def new_moments() -> list[torch.Tensor]:
+    return moments_of(*embedding_state())
+
+
+def loaded_moments() -> list[torch.Tensor]:
+    optimizer, weight = embedding_state()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    moments = moments_of(optimizer, weight)
+    assert torch.equal(moments[0], saved["state"]["table"]["exp_avg"])
+    return moments
+
+
+def slots_of_a_hash_table() -> list[torch.Tensor]:
+    table = HashTable((DIM,))
+    table.reserve(ROWS)
+    optimizer = SparseAdamW({"table": table})
+    table(torch.arange(5)).sum().backward()
+    optimizer.step()
+    slots = table.slot_group().slots()
+    assert len(slots) == 3
+    return [slot.value() for slot in slots]
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("allocate", [new_moments, loaded_moments, slots_of_a_hash_table])
+def test_large_tables_ask_for_huge_pages(allocate: Callable[[], list[torch.Tensor]]):
+    for tensor in allocate():
+        assert tensor.nbytes >= _memory.LARGE
+        assert asks_for_huge_pages(tensor)
+
+
+@needs_huge_pages
+def test_what_is_not_ours_asks_for_nothing():
+    assert not asks_for_huge_pages(embedding_state()[1])
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "asked"), [(_memory.LARGE, True), (_memory.LARGE - DIM, False)], ids=["large", "not"]
+)
+def test_only_whole_pages_of_the_tensor_are_named(nbytes, asked, monkeypatch):
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(_memory, "_madvise", lambda: lambda *range_: calls.append(range_))
+    tensor = _memory.empty((nbytes // DIM, DIM), torch.uint8, CPU)
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    assert len(calls) == asked
+    for address, size in calls:
+        assert address % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
+        assert 0 <= address - begin < mmap.PAGESIZE
+        assert 0 <= end - (address + size) < mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("madvise", [None, lambda address, size: -1], ids=["no call", "refused"])
+def test_systems_without_huge_pages(madvise, monkeypatch):
+    monkeypatch.setattr(_memory, "_madvise", lambda: madvise)
+    tensor = _memory.empty((_memory.LARGE // 4, 1), torch.float32, CPU).zero_()
+    assert (tensor.shape, tensor.dtype) == ((_memory.LARGE // 4, 1), torch.float32)
+    assert not tensor.any()
