@@ -41,15 +41,17 @@ extern "C" __global__ void gather(char* const* blocks, Divisor block_rows, long 
         global(target)[k] = global(source)[k];
 }
 
-// The slot's row rows[i] = values[order[i]], unless that is MISSING; `rows` ascends, and of a row
-// that is named several times the last value stays.
+// The slot's row rows[i] = values[order[i]], unless that is MISSING or beyond the slot; `rows`
+// ascends, and of a row that is named several times the last value stays.
 extern "C" __global__ void scatter(char* const* blocks, Divisor block_rows, long long row_units,
                                    const long long* rows, const long long* order,
-                                   const Unit* values, long long size, int log_lanes) {
+                                   long long num_rows, const Unit* values, long long size,
+                                   int log_lanes) {
     const Share my = share(log_lanes);
     if (my.item >= size) return;
     const long long row = rows[my.item];
-    if (row < 0 || (my.item + 1 < size && rows[my.item + 1] == row)) return;
+    if (row < 0 || row >= num_rows) return;
+    if (my.item + 1 < size && rows[my.item + 1] == row) return;
     auto* target =
         reinterpret_cast<Unit*>(row_address(blocks, block_rows, row, row_units * sizeof(Unit)));
     const Unit* source = values + order[my.item] * row_units;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from .hooks import (
     BaseFilterHookImpl,
     FilterHook,
     HashtableHookFactory,
+    require_mask,
 )
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrads
@@ -26,6 +30,21 @@ from .slices import Slice, gen_slice
 
 #: Saved beside the slots of hooks, whose names must differ.
 SAVED = ("ids", EMBEDDING, "seed", "fan")
+
+_rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
+
+
+@contextlib.contextmanager
+def rows_apart() -> Iterator[None]:
+    """Within the block, HashTables neither save nor load rows: a checkpoint has them elsewhere.
+
+    What remains is the seed, the fan and the buffers of hooks.
+    """
+    token = _rows_apart.set(True)
+    try:
+        yield
+    finally:
+        _rows_apart.reset(token)
 
 
 class _Lookup(torch.autograd.Function):
@@ -146,8 +165,9 @@ class HashTable(torch.nn.Module, RowTable):
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         hooks = HashtableHookFactory()
         self._filter_hook_impl: BaseFilterHookImpl | None = None
-        if filter_hook is not None:
-            self._filter_hook_impl = hooks.create_filter_hook(self, filter_hook)
+        with torch.inference_mode(False):  # what policies keep outlives the mode
+            if filter_hook is not None:
+                self._filter_hook_impl = hooks.create_filter_hook(self, filter_hook)
         self._admit_hook = admit_hook
         self._admit_hooks: dict[str, AdmitHook] = {}
         if admit_hook is not None:
@@ -184,7 +204,8 @@ class HashTable(torch.nn.Module, RowTable):
 
     def ids_map(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [n] int64, their rows [n] int64)."""
-        return self._store.ids(), self._store.rows()
+        rows = self._store.rows()
+        return functional.gather(self._store.ids_by_row, rows).flatten(), rows
 
     def embeddings(self) -> torch.Tensor:
         """A copy of the embeddings by row number, [rows, *embedding_shape]; zeros in free rows."""
@@ -196,7 +217,7 @@ class HashTable(torch.nn.Module, RowTable):
 
     def slot_group(self) -> SlotGroup:
         """The embedding and what else there is for each row: moments, and slots of hooks."""
-        return SlotGroup(self._store.slots)
+        return SlotGroup(self._store)
 
     def children_info(self) -> ChildrenInfo:
         """The logical tables that share this one."""
@@ -245,7 +266,8 @@ class HashTable(torch.nn.Module, RowTable):
     def _policy_of(self, hook: AdmitHook) -> BaseAdmitHookImpl:
         """The table's policy of a hook, made at its first use."""
         if not isinstance(hook, AdmitHook) or hook.name not in self._admit_hooks:
-            policy = HashtableHookFactory().create_admit_hook(hook).to(self.device)
+            with torch.inference_mode(False):  # what it keeps outlives the mode
+                policy = HashtableHookFactory().create_admit_hook(hook).to(self.device)
             self.add_module(f"admit_hook_{hook.name}", policy)
             self._admit_hooks[hook.name] = hook
         made = self._admit_hooks[hook.name]
@@ -261,22 +283,28 @@ class HashTable(torch.nn.Module, RowTable):
         store, filters = self._store, self._filter_hook_impl
         if isinstance(admit, ReadOnlyHookImpl):
             rows = store.find(ids)
-        elif admit is None and filters is None:
-            return store.find_or_insert(ids)
+        elif admit is None and (filters is None or not filters.makes_room()):
+            rows = store.find_or_insert(ids)
         else:
-            store.require_no_capture()
-            rows = store.find(ids)
-            new, counts = ids[rows == MISSING].unique(return_counts=True)
-            if admit is not None and new.numel():
-                new = new[admit.admit(new, counts)]
-            if filters is not None and new.numel():
-                filters.make_room(new.numel(), rows)
-            if new.numel():
-                store.find_or_insert(new)
-                rows = store.find(ids)
+            rows = self._selected(ids, admit)
         if filters is not None:
-            filters(rows[rows != MISSING])
+            filters(rows)
         return rows
+
+    def _selected(self, ids: torch.Tensor, admit: BaseAdmitHookImpl | None) -> torch.Tensor:
+        """``_admitted`` where hooks must see the new ids first. Waits for the device."""
+        store, filters = self._store, self._filter_hook_impl
+        store.require_no_capture()
+        rows = store.find(ids)
+        new, counts = ids[rows == MISSING].unique(return_counts=True)
+        if new.numel() and admit is not None:
+            new = new[require_mask(admit, admit.admit(new, counts), new.numel())]
+        if not new.numel():
+            return rows
+        if filters is not None:
+            filters.make_room(new.numel(), rows)
+        store.find_or_insert(new)
+        return store.find(ids)
 
     # ------------------------------------------------------------------ memory
 
@@ -319,6 +347,7 @@ class HashTable(torch.nn.Module, RowTable):
         self._accept(self._store.follow(FoundRows(rows)), grad)
 
     def _accept(self, found: FoundRows, grad: torch.Tensor) -> None:
+        self._store.pin(found)
         grad = self._require_grad(self._label, "grad", grad, found.rows).detach().resolve_neg()
         if self.copy_grads or grad.is_inference():  # inference tensors count no versions
             with torch.inference_mode(False):
@@ -387,16 +416,21 @@ class HashTable(torch.nn.Module, RowTable):
             self._label, "embeddings", embeddings, flat.numel(), self.embedding_shape, self.device
         ).detach()
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
-        functional.scatter_(self._store.embedding, self._admitted(flat), values)
+        rows = self._admitted(flat)
+        self._note_change(rows)
+        functional.scatter_(self._store.embedding, rows, values)
 
-    def delete(self, ids: torch.Tensor) -> None:
+    def delete(self, ids: torch.Tensor, index: Any = None, preserve_slot: Any = None) -> None:
         """Remove ids, their moments with them; those that the table does not hold are passed over.
 
         Their rows are given to ids that come later, which start with fresh weights and zero
-        moments. Gradients of removed ids are dropped. Memory is kept: ``clear`` gives it back.
+        moments. Gradients of ids that are still gone at the step are dropped. Memory is kept:
+        ``clear`` gives it back.
 
         Args:
             ids: int64 or int32 of any shape, duplicates allowed.
+            index: unused; RecIS's filters hand over rows, which are known by id here.
+            preserve_slot: unused; RecIS keeps a slot's value of a removed row.
 
         Raises:
             TypeError: ids are no integers.
@@ -416,7 +450,7 @@ class HashTable(torch.nn.Module, RowTable):
             TypeError, ValueError: slot_dim is no int of at least 1, or the name is taken.
         """
         _checks.require_int("slot_dim", slot_dim, 1)
-        taken = (*SAVED, EXP_AVG, EXP_AVG_SQ, *self._store.slots)
+        taken = dict.fromkeys((*SAVED, EXP_AVG, EXP_AVG_SQ, *self._store.slots))
         if name in taken or "." in name:
             raise ValueError(
                 f"table {self._label!r}: a slot's name must have no dot and be none of "
@@ -434,15 +468,54 @@ class HashTable(torch.nn.Module, RowTable):
 
         Args:
             name: of the slot.
-            index: [N] int64 rows in use.
-            value: of the slot's dtype, expandable to [N, slot_dim].
+            index: [N] int64 rows; -1 is passed over, and on a GPU so are rows out of range.
+            value: of the slot's dtype, expandable to [N, slot_dim]. Of a row that occurs twice the
+                last value stays.
+
+        Raises:
+            KeyError: there is no such slot.
+            TypeError, ValueError: dtype, shape or device do not fit.
+            IndexError: a row is out of range (on the CPU).
         """
         slot = self.get_slot(name)
-        functional.scatter_(slot, index, value.expand(index.numel(), slot.dim))
+        index = _checks.require_ids(index, "index")
+        if index.dim() != 1 or index.device != self.device:
+            raise ValueError(
+                f"table {self._label!r}: index must have shape [N] on {self.device}, got "
+                f"{list(index.shape)} on {index.device}"
+            )
+        value = self._slot_values(f"table {self._label!r}, slot {name!r}", slot, value, index)
+        if index.numel() and self.device.type == "cpu":
+            low, high = (int(x) for x in index.aminmax())
+            if low < MISSING or high >= slot.num_rows():
+                bad = low if low < MISSING else high
+                raise _checks.row_error(self._label, bad, self._store.num_numbered)
+        self._note_change(index)
+        functional.scatter_(slot, index.long(), value)
+
+    @staticmethod
+    def _slot_values(name: str, slot: Slot, value: Any, rows: torch.Tensor) -> torch.Tensor:
+        """``value`` expanded to [N, slot_dim] for rows [N]."""
+        if not isinstance(value, torch.Tensor) or value.dtype != slot.dtype:
+            got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"{name}: value must be a tensor of {slot.dtype}, got {got}")
+        if value.device != slot.device:
+            raise ValueError(f"{name}: value must be on {slot.device}, got {value.device}")
+        try:
+            return value.expand(rows.numel(), slot.dim)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: value must expand to {[rows.numel(), slot.dim]}, got shape "
+                f"{list(value.shape)}"
+            ) from None
 
     def get_slot(self, name: str) -> Slot:
         """The slot of a name, ``slot_group().slot_by_name(name)``."""
         return self.slot_group().slot_by_name(name)
+
+    def _note_change(self, rows: torch.Tensor) -> None:
+        if self.saved_rows is not None:
+            self.saved_rows.change(rows)
 
     def _hook_slots(self) -> list[Slot]:
         own = (EMBEDDING, EXP_AVG, EXP_AVG_SQ)
@@ -455,10 +528,11 @@ class HashTable(torch.nn.Module, RowTable):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         store = self._store
-        rows = store.rows()
-        destination[prefix + "ids"] = store.ids()
-        for slot in (store.embedding, *self._hook_slots()):
-            destination[prefix + slot.name()] = functional.gather(slot, rows)
+        if not _rows_apart.get():
+            rows = store.rows()
+            destination[prefix + "ids"] = functional.gather(store.ids_by_row, rows).flatten()
+            for slot in (store.embedding, *self._hook_slots()):
+                destination[prefix + slot.name()] = functional.gather(slot, rows)
         destination[prefix + "seed"] = torch.tensor(store.seed, device="cpu")
         destination[prefix + "fan"] = torch.tensor(self._fan, device="cpu")
 
@@ -472,25 +546,20 @@ class HashTable(torch.nn.Module, RowTable):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        apart = _rows_apart.get()
         slots = {slot.name(): slot for slot in (self._store.embedding, *self._hook_slots())}
-        saved = {key: state_dict.get(prefix + key) for key in dict.fromkeys((*SAVED, *slots))}
+        keys = ("seed", "fan") if apart else dict.fromkeys((*SAVED, *slots))
+        saved = {key: state_dict.get(prefix + key) for key in keys}
         missing_keys += [prefix + key for key, value in saved.items() if value is None and strict]
         own = {prefix + key for key in saved}
         rest = {key: value for key, value in state_dict.items() if key not in own}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if saved["ids"] is None or saved[EMBEDDING] is None:
+        if not apart and (saved["ids"] is None or saved[EMBEDDING] is None):
             return
         try:
-            ids = self._flat(_checks.require_ids(saved["ids"], prefix + "ids"))
-            if ids.unique().numel() != ids.numel():
-                raise ValueError(f"{prefix}ids holds an id twice")
-            values = {
-                name: self._saved_values(prefix + name, slot, saved[name], ids)
-                for name, slot in slots.items()
-                if saved[name] is not None
-            }
+            ids, values = (None, {}) if apart else self._saved_rows(prefix, slots, saved)
             seed, fan = self._store.seed, self._fan
             if saved["seed"] is not None:
                 seed = int(saved["seed"])
@@ -500,14 +569,35 @@ class HashTable(torch.nn.Module, RowTable):
         except (TypeError, ValueError, IndexError) as error:
             error_msgs.append(str(error))
             return
-        accepted = self._slice.contains(self._children.split_id(ids)[1])
-        self._store.load(ids[accepted], {name: x[accepted] for name, x in values.items()})
+        if ids is not None:
+            accepted = self.accepts(ids)
+            self._store.load(ids[accepted], {name: x[accepted] for name, x in values.items()})
         self._store.seed, self._store.distribution, self._fan = seed, distribution, fan
-        if self._filter_hook_impl is not None and len(values) < len(slots):
+        if ids is not None and self._filter_hook_impl is not None and len(values) < len(slots):
             self._filter_hook_impl(self._store.rows())  # or all would be older than any
+
+    def accepts(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids [n] int64 a load takes, as a bool tensor [n]: those of the table's slice."""
+        return self._slice.contains(self._children.split_id(ids)[1])
+
+    def _saved_rows(
+        self, prefix: str, slots: dict[str, Slot], saved: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Ids [n], and [n, D] of each slot, from what a state_dict holds."""
+        ids = self._flat(_checks.require_ids(saved["ids"], prefix + "ids"))
+        if ids.unique().numel() != ids.numel():
+            raise ValueError(f"{prefix}ids holds an id twice")
+        values = {
+            name: self._saved_values(prefix + name, slot, saved[name], ids)
+            for name, slot in slots.items()
+            if saved[name] is not None
+        }
+        return ids, values
 
     def _saved_values(self, key: str, slot: Slot, saved: Any, ids: torch.Tensor) -> torch.Tensor:
         """What a state_dict holds of a slot, [n, D] of its dtype, for ids [n]."""
+        if not isinstance(saved, torch.Tensor):
+            raise TypeError(f"{key} must be a tensor, got {type(saved).__name__}")
         shape = self.embedding_shape if slot.name() == EMBEDDING else (slot.dim,)
         values = _checks.require_rows_of(
             self._label, key, saved.to(self.device), ids.numel(), shape, self.device

@@ -8,7 +8,8 @@ import torch
 
 from . import functional
 from ._checks import require_int
-from .hooks import BaseAdmitHookImpl, BaseFilterHookImpl, HashtableHookFactory
+from ._types import MISSING
+from .hooks import BaseAdmitHookImpl, BaseFilterHookImpl, HashtableHookFactory, are_among
 
 _LAST = torch.iinfo(torch.int64).max
 #: Of this share of max_rows more rows go than must, so that a full table is searched rarely.
@@ -31,7 +32,9 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
     are. It never counts too low. It counts too high where an id shares a counter with others in
     every one of the ``depth`` lines: to keep that rare for ever, all counts are halved after each
     ``width`` sightings (Einziger, Friedman and Manes, "TinyLFU", 2017). So an id that is seen less
-    than about k times in ``width`` sightings of others may never get a row.
+    than about k times in ``width`` sightings of others may never get a row. An id that lost its row
+    keeps its count, and may be back at the next sighting. A lookup of ids without a row waits for
+    the device.
 
     Args:
         min_frequency: k.
@@ -61,9 +64,9 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
         self.counts.scatter_add_(1, places, seen)
         admitted = self.counts.gather(1, places).amin(0) >= self.min_frequency
         self.sightings += counts.sum()
-        halve = self.sightings >= width
-        self.counts.bitwise_right_shift_(halve.int())
-        self.sightings *= ~halve
+        if self.sightings >= width:
+            self.counts >>= 1
+            self.sightings.zero_()
         return admitted
 
 
@@ -122,7 +125,8 @@ class _Eviction(BaseFilterHookImpl):
 
     A sixteenth of ``max_rows`` more goes than must, since finding them looks at every row. Of equal
     rank the lowest ids go. Rows of the lookup itself stay, and rows that a gradient waits for or
-    may come for (looked up since gradients were last cleared). On a GPU such a lookup waits.
+    may come for (looked up since gradients were last cleared). A table that loads more rows than
+    ``max_rows`` holds them until a new id comes. On a GPU each lookup in training mode waits.
 
     Args:
         ht: the table.
@@ -146,11 +150,11 @@ class _Eviction(BaseFilterHookImpl):
             return
         ids, rows = self._ht.ids_map()
         held = torch.cat([keep, self._ht.pending_rows()])
-        may_go = ~torch.isin(rows, held)
+        may_go = ~are_among(rows, held[held != MISSING])
         ids, rows = ids[may_go], rows[may_go]
         if rows.numel() < excess:
             raise RuntimeError(
-                f"table {self._ht.name!r}: {count} new ids need rows, but it may hold "
+                f"table {self._ht._label!r}: {count} new ids need rows, but it may hold "
                 f"{self.max_rows} (max_rows), and {in_use - rows.numel()} of its {in_use} rows are "
                 f"in this lookup or have gradients to come; raise max_rows, or take smaller "
                 f"batches and clear gradients after each step"

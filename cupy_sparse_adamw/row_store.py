@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from . import functional
-from ._types import MISSING, MOMENT_DTYPE, Distribution, RowIndex, Slot
+from ._types import MISSING, MOMENT_DTYPE, Distribution, DistributionKind, RowIndex, Slot
 from .row_bound import RowBound, Rows
+from .saved_rows import SavedRows
 
 EMBEDDING = "embedding"
 EXP_AVG = "sparse_adamw_exp_avg"
@@ -33,27 +34,30 @@ class FoundRows:
     """Rows [N] int64 that were found for ids, ``MISSING`` for those without one.
 
     They are followed (``RowStore.rows_now``) while somebody keeps this: before rows are renumbered
-    or given to other ids, ``ids`` [N] notes what they stood for. While ``pinned`` a gradient waits
-    for them, or may come.
+    or given to other ids, ``ids`` [N] notes what they stood for. ``pinned_in`` is the store's
+    ``pins`` when they were last pinned.
     """
 
-    __slots__ = ("__weakref__", "ids", "pinned", "rows")
+    __slots__ = ("__weakref__", "ids", "pinned_in", "rows")
 
     def __init__(self, rows: torch.Tensor, ids: torch.Tensor | None = None) -> None:
         self.rows = rows
         self.ids = ids
-        self.pinned = True
+        self.pinned_in = -1
 
 
 class SlotGroup:
-    """The slots of a table, under RecIS's names: row r of each belongs to the same id."""
+    """The slots of a table, under RecIS's names: row r of each belongs to the same id.
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
-        self._slots = slots
+    It shows those that there are when it is asked.
+    """
+
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
 
     def slots(self) -> list[Slot]:
         """All of them, the embedding first."""
-        return list(self._slots.values())
+        return list(self._store.slots.values())
 
     def slot_by_name(self, name: str) -> Slot:
         """The slot of a name.
@@ -61,13 +65,17 @@ class SlotGroup:
         Raises:
             KeyError: there is none; the text names those there are.
         """
-        if name not in self._slots:
-            raise KeyError(f"no slot {name!r}; there are {', '.join(map(repr, self._slots))}")
-        return self._slots[name]
+        slots = self._store.slots
+        if name not in slots:
+            raise KeyError(f"no slot {name!r}; there are {', '.join(map(repr, slots))}")
+        return slots[name]
 
     def slot_by_index(self, index: int) -> Slot:
         """The slot of an index, as ``slots`` lists them; IndexError if there is none."""
-        return self.slots()[index]
+        slots = self.slots()
+        if not 0 <= index < len(slots):
+            raise IndexError(f"no slot {index}; there are {len(slots)}")
+        return slots[index]
 
     def slot_index(self, name: str) -> int:
         """The index of the slot of a name; KeyError if there is none."""
@@ -86,6 +94,10 @@ class RowStore:
         ids_by_row: Slot of width 1, int64: the id of each row. That of a free row means nothing.
         seed: with the id, decides a new row's values.
         distribution: what new rows are drawn from.
+        saved_rows: which rows are as in a checkpoint; None while nobody asks for increments, and
+            once something changed all rows.
+        pins: rows followed since it last rose are pinned: a gradient waits for them, or may come,
+            so that filters keep them. It rises when gradients are cleared.
 
     Args:
         dim: D.
@@ -110,15 +122,19 @@ class RowStore:
         self.ids_by_row = Slot("ids", 1, block_size, torch.int64, device)
         self.seed = seed
         self.distribution = distribution
-        self._index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
+        self._raw_index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
+        self._is_torn = False  # entries of the index may hold rows that are not counted
         self._bound = RowBound(self._index.counters, Rows(0, 0))
         self._deleted = 0  # entries of the index that are DELETED, at the most
+        self._to_zero: list[torch.Tensor] = []  # rows that became free
+        self.pins = 0
         self._followed: weakref.WeakSet[FoundRows] = weakref.WeakSet()
         self._is_in_graph = False  # a captured lookup reads the index and the slots as they are
+        self.saved_rows: SavedRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy follows is what is copied with it: see LookupGrads.
-        return {**self.__dict__, "_followed": None}
+        return {**self.__dict__, "_followed": None, "saved_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _followed=weakref.WeakSet())
@@ -127,6 +143,23 @@ class RowStore:
     def embedding(self) -> Slot:
         """The embeddings."""
         return self.slots[EMBEDDING]
+
+    @property
+    def _index(self) -> RowIndex:
+        """The index, built anew first if an insertion broke off in the middle of it."""
+        index = self._raw_index
+        if self._is_torn:
+            index.counters[2:] = 0  # rows that were given but not counted
+            index.entries.fill_(MISSING)
+            for rows in _rows_in(index).split(ROWS_AT_A_TIME):
+                ids = functional.gather(self.ids_by_row, rows).flatten()
+                functional.insert_(index.entries, ids, rows)
+            self._deleted, self._is_torn = 0, False
+        return index
+
+    @_index.setter
+    def _index(self, index: RowIndex) -> None:
+        self._raw_index, self._is_torn = index, False
 
     @property
     def num_rows(self) -> int:
@@ -155,13 +188,16 @@ class RowStore:
 
     def rows(self) -> torch.Tensor:
         """The rows in use, [n] int64, ascending. Waits for the device."""
+        return _rows_in(self._index)
+
+    def rows_between(self, begin: int, end: int) -> torch.Tensor:
+        """Those of ``rows`` from ``begin`` to ``end`` - 1, with memory for as many only."""
         numbered, free, _ = self._index.counters.tolist()
-        device = self.embedding.device
+        rows = torch.arange(begin, max(begin, min(end, numbered)), device=self.embedding.device)
         if not free:
-            return torch.arange(numbered, device=device)
-        in_use = torch.ones(numbered, dtype=torch.bool, device=device)
-        in_use[self._index.free_rows[:free]] = False
-        return in_use.nonzero().flatten()
+            return rows
+        ids = functional.gather(self.ids_by_row, rows).flatten()
+        return rows[self.find(ids) == rows]
 
     def has_deleted(self) -> bool:
         """Whether ids were ever deleted, so that rows may be free. Never waits."""
@@ -217,18 +253,14 @@ class RowStore:
     def _insert(self, ids: torch.Tensor, at_most: int) -> torch.Tensor:
         """``find_or_insert`` where there is room for the new ids, of which there are so many."""
         index = self._index
+        self._zero_freed()
         self._bound.add(at_most)
         try:
             rows = functional.find_or_insert_(
                 index, ids, self.ids_by_row, self.embedding, self.seed, self.distribution
             )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
-            index.counters[2:] = 0  # rows that were given but not counted
-            index.entries.fill_(MISSING)
-            for rows in self.rows().split(ROWS_AT_A_TIME):
-                ids = functional.gather(self.ids_by_row, rows).flatten()
-                functional.insert_(index.entries, ids, rows)
-            self._deleted = 0
+            self._is_torn = True
             raise
         bound, soon = self._bound, SPARE_BATCHES * ids.numel()
         if bound.reading_waits() and not self._has_room(bound.at_most().plus(soon)):
@@ -247,23 +279,35 @@ class RowStore:
                 longer = index.free_rows.new_empty(held)
                 longer[: index.free_rows.numel()] = index.free_rows
                 index.free_rows = longer
-            for part in ids.split(ROWS_AT_A_TIME):
-                # Zeros first: no failure may leave moments on a row that another id gets.
-                rows = self.find(part)
+            self._deleted += ids.numel()
+            rows = functional.delete_(index, ids)
+            self._to_zero.append(rows)
+            if self.saved_rows is not None:
+                try:
+                    self.saved_rows.delete(ids, rows)
+                except BaseException:
+                    self.saved_rows = None
+                    raise
+            self._zero_freed()
+
+    def _zero_freed(self) -> None:
+        """Zero moments, and what hooks keep, of rows that became free, before anyone gets them."""
+        while self._to_zero:
+            for rows in self._to_zero[-1].split(ROWS_AT_A_TIME):
                 for name, slot in self.slots.items():
                     if name != EMBEDDING:
                         zeros = torch.zeros(
                             rows.numel(), slot.dim, dtype=slot.dtype, device=slot.device
                         )
                         functional.scatter_(slot, rows, zeros)
-                self._deleted += part.numel()
-                functional.delete_(index, part)
+            self._to_zero.pop()  # only now: what was interrupted is done again
 
     # ------------------------------------------------------------------ following rows
 
     def follow(self, found: FoundRows) -> FoundRows:
         """See to it that ``rows_now`` knows where these rows went, as long as they are kept."""
         self._followed.add(found)
+        found.pinned_in = self.pins
         return found
 
     def rows_now(self, found: FoundRows) -> torch.Tensor:
@@ -285,13 +329,16 @@ class RowStore:
     def pinned_rows(self) -> torch.Tensor:
         """Rows [n] int64 that a gradient waits for or may come for; some repeat."""
         none = torch.empty(0, dtype=torch.int64, device=self.embedding.device)
-        pinned = [self.rows_now(found) for found in self._followed_here() if found.pinned]
-        return torch.cat([none, *pinned])
+        pinned = [x for x in self._followed_here() if x.pinned_in == self.pins]
+        return torch.cat([none, *map(self.rows_now, pinned)])
+
+    def pin(self, found: FoundRows) -> None:
+        """A gradient of followed rows has come."""
+        found.pinned_in = self.pins
 
     def unpin(self) -> None:
-        """No gradient waits any more, nor does one come for lookups made so far."""
-        for found in list(self._followed):
-            found.pinned = False
+        """No gradient waits any more, nor is one expected for lookups made so far."""
+        self.pins += 1
 
     # ------------------------------------------------------------------ memory
 
@@ -336,6 +383,7 @@ class RowStore:
         slot = Slot(name, dim, self._block_size, dtype, self.embedding.device)
         slot.reserve(self.embedding.num_rows())
         self.slots[name] = slot
+        self.saved_rows = None
         return slot
 
     def new_moments(self) -> tuple[Slot, Slot]:
@@ -386,10 +434,54 @@ class RowStore:
         self._leave_graph()
         self.slots, self.ids_by_row = slots, ids_by_row
         self._index, self._bound = index, RowBound(index.counters, Rows(size, size))
-        self._deleted = 0
+        self._deleted, self._to_zero, self.saved_rows = 0, [], None
+
+    def empty_like(self) -> RowStore:
+        """A store without rows that has the same slots, but for moments. New rows are zeros."""
+        embedding = self.embedding
+        zeros = Distribution(DistributionKind.CONSTANT)
+        store = RowStore(
+            embedding.dim, self._block_size, embedding.dtype, embedding.device, 0, zeros
+        )
+        for name, slot in self.slots.items():
+            if name not in (EMBEDDING, EXP_AVG, EXP_AVG_SQ):
+                store.add_slot(name, slot.dim, slot.dtype)
+        return store
+
+    def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Set values [n, D] by name of slot for ids [n] int64, with or without a row so far."""
+        rows = self.find_or_insert(ids)
+        for name, value in values.items():
+            functional.scatter_(self.slots[name], rows, value)
+
+    def exchange(self, other: RowStore) -> None:
+        """Swap all rows with a store of the same slots. A second call undoes it."""
+        for store in (self, other):
+            store._note_ids()
+            store._leave_graph()
+        for name in (
+            "slots",
+            "ids_by_row",
+            "_index",
+            "_bound",
+            "_deleted",
+            "_to_zero",
+            "saved_rows",
+        ):
+            mine, its = getattr(self, name), getattr(other, name)
+            setattr(self, name, its)
+            setattr(other, name, mine)
+
+    def note_saved(self, checkpoint: Any) -> None:
+        """From now on, keep track of which rows are no longer as in a checkpoint just made."""
+        numbered, free, _ = self._index.counters.tolist()
+        self.saved_rows = None  # its memory goes first
+        self.saved_rows = SavedRows(checkpoint, numbered, self.embedding.device)
+        self.saved_rows.change(self._index.free_rows[:free])  # whoever gets them is new
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the rows on another device, the embeddings in another dtype."""
+        self._zero_freed()
         moments = MOMENT_DTYPE[dtype]
         dtypes = {EMBEDDING: dtype, EXP_AVG: moments, EXP_AVG_SQ: moments}
         slots = {
@@ -402,11 +494,23 @@ class RowStore:
         self._leave_graph()
         self.slots, self._index = slots, index
         self._bound = RowBound(index.counters, self._bound.at_most())
+        self.saved_rows = None
 
 
 def _capacity_for(rows: int) -> int:
     """Entries of an index that holds ``rows`` within MAX_LOAD."""
     return max(int(rows / MAX_LOAD) + 2, MIN_ENTRIES)  # 2: beyond what rounding may take away
+
+
+def _rows_in(index: RowIndex) -> torch.Tensor:
+    """The rows in use, [n] int64, ascending, by an index's counters. Waits for the device."""
+    numbered, free, _ = index.counters.tolist()
+    device = index.counters.device
+    if not free:
+        return torch.arange(numbered, device=device)
+    in_use = torch.ones(numbered, dtype=torch.bool, device=device)
+    in_use[index.free_rows[:free]] = False
+    return in_use.nonzero().flatten()
 
 
 def _empty_entries(capacity: int, device: torch.device) -> torch.Tensor:

@@ -46,8 +46,24 @@ class RowTable(Table):
         """The table itself."""
         return self
 
+    def accepts(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids [n] int64 a load takes, as a bool tensor [n]."""
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    @property
+    def saved_rows(self) -> Any:
+        """Which rows are as in a checkpoint; see ``RowStore.saved_rows``."""
+        return self._store.saved_rows
+
+    @saved_rows.setter
+    def saved_rows(self, saved: Any) -> None:
+        self._store.saved_rows = saved
+
     def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
+        if self.saved_rows is not None:
+            for piece in pending.pieces:
+                self.saved_rows.change(piece.rows)
         return self._moments()
 
     def _moments(self) -> tuple[Slot, Slot]:
@@ -58,6 +74,7 @@ class RowTable(Table):
 
     def drop_moments(self) -> None:
         """Forget the moments: the table gets a new owner."""
+        self.saved_rows = None
         for name in (EXP_AVG, EXP_AVG_SQ):
             self._store.slots.pop(name, None)
 
@@ -69,7 +86,7 @@ class RowTable(Table):
             "exp_avg": functional.gather(first, rows),
             "exp_avg_sq": functional.gather(second, rows),
             "dtype": dtype_name(self.dtype),
-            "ids": self._store.ids(),
+            "ids": functional.gather(self._store.ids_by_row, rows).flatten(),
         }
 
     def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
@@ -80,7 +97,8 @@ class RowTable(Table):
             raise ValueError(
                 f"table {name!r}: {rows.numel()} ids are saved with {values[0].shape[0]} moments"
             )
-        if rows.unique().numel() != rows.numel():
+        held = rows[rows != MISSING]
+        if held.unique().numel() != held.numel():
             raise ValueError(f"table {name!r}: the saved moments name an id twice")
         built = self._store.new_moments()
         for slot, value in zip(built, values, strict=True):
@@ -88,11 +106,12 @@ class RowTable(Table):
         return built
 
     def _rows_of_saved(self, name: str, what: str, ids: Any) -> torch.Tensor:
-        """Rows of saved ids [n], all of which must be in the table."""
+        """Rows of saved ids [n], which must be in the table; ``MISSING`` of those it refuses."""
         if not isinstance(ids, torch.Tensor):
             raise ValueError(f"table {name!r}: the saved {what} have no ids; is it a HashTable's?")
-        rows = self._store.find(self._flat(_checks.require_ids(ids)))
-        absent = int((rows == MISSING).sum())
+        ids = self._flat(_checks.require_ids(ids))
+        rows = self._store.find(ids)
+        absent = int(((rows == MISSING) & self.accepts(ids)).sum())
         if absent:
             raise ValueError(
                 f"table {name!r}: the saved {what} name {absent} ids that the table does not hold; "

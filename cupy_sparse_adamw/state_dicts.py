@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from .hash_table import HashTable
-
-#: What every HashTable saves under its prefix.
-ENTRIES = ("ids", "embedding", "seed", "fan")
+from .hash_table import SAVED, HashTable
 
 
 def is_hashtable(obj: Any) -> bool:
@@ -70,7 +67,7 @@ def _prefixes(state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def _is_table(state_dict: Mapping[str, Any], prefix: str) -> bool:
-    entries: list[Any] = [state_dict.get(prefix + name) for name in ENTRIES]
+    entries: list[Any] = [state_dict.get(prefix + name) for name in SAVED]
     if not all(isinstance(entry, torch.Tensor) for entry in entries):
         return False
     ids, embedding, seed, fan = (entry.shape for entry in entries)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import itertools
 
 import pytest
 import torch
 from oracle import bits
 
-from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW
+from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, functional
 from cupy_sparse_adamw.row_store import MAX_LOAD
 
 
@@ -216,6 +218,69 @@ def test_clear_after_deletes_gives_the_memory_back():
     assert (len(table), table.embeddings().shape) == (0, (0, 3))
     assert table.nbytes < 2000
     assert table(torch.tensor([3])).shape == (1, 3)
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_delete_that_fails_is_done_or_not_begun(name, at, monkeypatch):
+    """An exception at the ``at``-th operation; whoever gets the rows later starts with zeros."""
+    with functional.use_engine(name):
+        table, optimizer = trained(range(6))
+        kept = moments(optimizer)
+        out = table(torch.arange(6))  # whose ids must be noted
+        calls = itertools.count(1)
+
+        def failing(operation):
+            def call(*args):
+                if next(calls) == at:
+                    raise OutOfMemory
+                return operation(*args)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for operation in ("gather", "scatter_", "delete_", "find"):
+                patch.setattr(functional, operation, failing(getattr(functional, operation)))
+            with pytest.raises(OutOfMemory) if at < 5 else contextlib.nullcontext():
+                table.delete(torch.tensor([1, 2]))
+        held = sorted(table.ids().tolist())
+        assert held == ([0, 1, 2, 3, 4, 5] if at < 3 else [0, 3, 4, 5])
+        assert moments(optimizer) == {id_: kept[id_] for id_ in held}
+        out.sum().backward()
+        assert table.grad().values().shape[0] == len(held)
+        table(torch.tensor([50, 51, 52]))
+        assert all(moments(optimizer)[id_] == [0] * 6 for id_ in (50, 51, 52))
+
+
+def test_an_insertion_that_fails_while_memory_stays_short(monkeypatch):
+    """The index is built anew at the next use that has the memory for it."""
+    table = normal_table()
+    before = table(torch.arange(9)).detach()
+    right = functional.find_or_insert_
+
+    def failing(index, *args):
+        counters = index.counters.clone()
+        right(index, *args)
+        index.counters.copy_(counters)  # as it is until the rows are counted
+        raise OutOfMemory
+
+    def short(*args):
+        raise OutOfMemory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "find_or_insert_", failing)
+        with pytest.raises(OutOfMemory):
+            table(torch.tensor([70, 71]))
+        patch.setattr(functional, "insert_", short)
+        with pytest.raises(OutOfMemory):
+            read(table, range(9))
+    assert torch.equal(read(table, range(9)), before)
+    assert read(table, [70, 71]).tolist() == [[0, 0, 0]] * 2
+    assert sorted(table.ids().tolist()) == list(range(9))
 
 
 def test_ids_that_are_no_integers():

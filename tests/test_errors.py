@@ -386,7 +386,12 @@ CALLS = [  # on a Run whose second table is a HashTable of 4 rows
     (
         lambda run: HashTable([2], filter_hook=FilterHook("LRU")),
         TypeError,
-        "max_rows",
+        r"filter_hook .*LRU.*missing a required argument: 'max_rows'; .* takes max_rows, name",
+    ),
+    (
+        lambda run: HashTable([2], filter_hook=FilterHook("LRU", {"rows": 3, "max_rows": 3})),
+        TypeError,
+        "unexpected keyword argument 'rows'.* takes max_rows, name",
     ),
     (
         lambda run: HashTable([2], filter_hook=FilterHook("LRU", {"max_rows": 0})),

@@ -193,6 +193,26 @@ def test_eviction_never_takes_a_row_that_has_a_gradient(engine, kind):
     assert held(table) == [11, 12, 13, 14]
 
 
+@pytest.mark.parametrize("kind", ["LRU", "LFU", "GlobalStepFilter"])
+def test_a_gradient_that_came_after_zero_grad_keeps_its_rows(engine, kind):
+    """The usual loop: forward, zero_grad, backward, step."""
+    params = {"filter_step": 1} if kind == "GlobalStepFilter" else {"max_rows": 4}
+    table = table_with(FilterHook(kind, params))
+    optimizer = SparseAdamW({"items": table})
+    optimizer.set_grad_accum_steps(2)
+    loss = look(table, 1, 2).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert sorted(table.ids()[table.pending_rows()].tolist()) == [1, 2]
+    with torch.no_grad():
+        look(table, 3, 4)
+        look(table, 5)
+    table._filter_hook_impl.update_step(9)
+    table._filter_hook_impl.do_filter()
+    assert {1, 2} <= set(held(table))
+
+
 def test_a_batch_larger_than_the_table(engine):
     table = lru(3, name="users")
     look(table, 1)
@@ -395,6 +415,63 @@ def test_without_a_model_all_tables_of_the_process_filter():
     assert (held(table), held(twin)) == ([2], [])
 
 
+def test_a_resume_filters_at_the_same_steps(engine):
+    def run(first, last, table, filters):
+        for step in range(first, last):
+            with torch.no_grad():
+                look(table, step % 7, 100 + step)
+            filters.after_step(None, step)
+
+    def make():
+        table = table_with(FilterHook("GlobalStepFilter", {"filter_step": 4}))
+        return table, HashTableFilterHook(10, table)
+
+    straight, first, resumed = make(), make(), make()
+    run(1, 40, *straight)
+    run(1, 25, *first)
+    for there, here in zip(resumed, first, strict=True):
+        there.load_state_dict(here.state_dict())
+    run(25, 40, *resumed)
+    assert held(resumed[0]) == held(straight[0])
+    assert first[1].state_dict() == {"last_filter_step": 21}
+
+
+def test_hooks_made_in_inference_mode_work_outside_of_it(engine):
+    with torch.inference_mode():
+        table = lru(3)
+        table(torch.tensor([1]), AdmitHook("Frequency", {"min_frequency": 2}))
+    table(torch.tensor([1, 2]), AdmitHook("Frequency", {"min_frequency": 2}))
+    assert held(table) == [1]
+    look(table, 2, 3)
+    assert held(table) == [1, 2, 3]
+
+
+def test_update_slot_checks_what_it_writes():
+    table = lru(3, name="users")
+    look(table, 1, 2)
+    one = torch.ones(1, dtype=torch.int64)
+    for index, value, error, text in [
+        ([0], one.float(), TypeError, "'users', slot 'lru_clock': value .* torch.int64, got .*32"),
+        ([0], 3, TypeError, "value must be a tensor of torch.int64, got int"),
+        ([0, 1], torch.ones(3, dtype=torch.int64), ValueError, r"expand to \[2, 1\], got .*\[3\]"),
+        ([4000], one, IndexError, "'users'.* row 4000"),
+        ([-2], one, IndexError, "row -2"),
+        ([[0]], one, ValueError, r"index must have shape \[N\]"),
+    ]:
+        with pytest.raises(error, match=text):
+            table.update_slot("lru_clock", torch.tensor(index), value)
+    with pytest.raises(KeyError, match="no slot 'x'; there are 'embedding', 'lru_clock'"):
+        table.update_slot("x", torch.tensor([0]), one)
+    table.update_slot("lru_clock", torch.tensor([1, -1]), 7 * one)
+    assert torch.cat(table.get_slot("lru_clock").values())[:2].tolist() == [[1], [7]]
+
+
+def test_get_filters_by_name_and_table():
+    table = lru(3)
+    assert HashtableHookFactory().get_filters()["LRU"][table] is table._filter_hook_impl
+    assert table not in HashtableHookFactory().get_filters()["LFU"]
+
+
 def test_hooks_do_not_keep_tables_alive():
     gc.collect()
     before = len(HashtableHookFactory().filters())
@@ -483,7 +560,21 @@ def test_policies_of_ones_own(engine, policies):
     assert int(table.state_dict()["admit_hook_OddIds.asked"]) == 5
 
 
+def test_an_answer_that_is_no_mask(policies, monkeypatch):
+    """An integer tensor would be taken for indices."""
+    table = table_with(admit_hook=AdmitHook("OddIds"))
+    monkeypatch.setattr(OddIds, "admit", lambda self, ids, counts: ids * 0)
+    with pytest.raises(
+        TypeError, match=r"OddIds.admit must return a bool .*\[3\], got torch.int64"
+    ):
+        look(table, 5, 6, 7)
+    assert held(table) == []
+
+
 def test_what_cannot_be_registered(policies):
+    for name in ("my.policy", "", 3):
+        with pytest.raises(ValueError, match="a string without dots"):
+            policies.regist_admit(name, OddIds)
     with pytest.raises(ValueError, match="'OddIds' is registered already: OddIds"):
         policies.regist_admit("OddIds", OddIds)
     with pytest.raises(TypeError, match="subclass of BaseFilterHookImpl, got <class"):

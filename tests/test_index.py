@@ -292,6 +292,13 @@ def test_gather_and_scatter(engine, dtype, dim):
     assert functional.gather(slot, rows[:0]).shape == (0, dim)
 
 
+def test_a_gpu_passes_over_rows_out_of_range(emulated):
+    """No wait, so no error; but nothing is written beyond the slot."""
+    slot = slot_of(torch.zeros(4, 3), 2)
+    functional.scatter_(slot, torch.tensor([3, 4, 99, -7]), torch.ones(4, 3))
+    assert slot.value().sum(1).tolist() == [0, 0, 0, 3]
+
+
 def test_scatter_reads_strided_values(engine):
     slot = slot_of(torch.zeros(4, 3), 2)
     values = torch.arange(6.0).view(3, 2).t()

@@ -14,7 +14,18 @@ import numpy as np
 import torch
 
 from ..._types import DELETED, MISSING, Distribution, RowIndex, Slot
-from ._compile import BYTE, copy_bytes, inline, jit, multiply_high, prefetch, row_address, view
+from ._compile import (
+    BYTE,
+    INT64,
+    at,
+    copy_bytes,
+    inline,
+    jit,
+    multiply_high,
+    prefetch,
+    row_address,
+    view,
+)
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
 from .random import init_rows_
@@ -35,17 +46,22 @@ def _home(id_, capacity):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _entry_of(entries, id_):  # type: ignore[no-untyped-def]
-    """The entry that holds an id, or the free one where it would go."""
-    capacity = entries.shape[0]
-    entry = _home(id_, capacity)
-    while entries[entry, 1] != MISSING and (
-        entries[entry, 0] != id_ or entries[entry, 1] == DELETED
-    ):
+def _search(entries, id_, entry):  # type: ignore[no-untyped-def]
+    """The entry that holds an id, or the free one where it would go, from its home on."""
+    first, capacity = entries.ctypes.data, entries.shape[0]
+    while True:
+        row = at(first, 2 * entry + 1, INT64)
+        if row == MISSING or (at(first, 2 * entry, INT64) == id_ and row != DELETED):
+            return entry
         entry += 1
         if entry == capacity:
             entry = 0
-    return entry
+
+
+@inline
+def _entry_of(entries, id_):  # type: ignore[no-untyped-def]
+    """The entry that holds an id, or the free one where it would go."""
+    return _search(entries, id_, _home(id_, entries.shape[0]))
 
 
 @inline
@@ -57,11 +73,20 @@ def _prefetch_home(entries, ids, i):  # type: ignore[no-untyped-def]
 @jit
 def _find(part, begin, end, entries, ids, rows):  # type: ignore[no-untyped-def]
     """Fill rows [begin, end). Returns how many ids are absent."""
+    first, capacity = entries.ctypes.data, entries.shape[0]
+    homes = np.empty(AHEAD, np.int64)  # of the next ids, in a ring
+    for i in range(begin, min(begin + AHEAD, end)):
+        homes[i % AHEAD] = _home(ids[i], capacity)
+        prefetch(first + homes[i % AHEAD] * 16)
     absent = 0
     for i in range(begin, end):
-        _prefetch_home(entries, ids, i + AHEAD)
-        rows[i] = entries[_entry_of(entries, ids[i]), 1]
-        absent += rows[i] == MISSING
+        home = homes[i % AHEAD]
+        if i + AHEAD < end:
+            homes[i % AHEAD] = _home(ids[i + AHEAD], capacity)
+            prefetch(first + homes[i % AHEAD] * 16)
+        row = at(first, 2 * _search(entries, ids[i], home) + 1, INT64)
+        rows[i] = row
+        absent += row == MISSING
     return absent
 
 

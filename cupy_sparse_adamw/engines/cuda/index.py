@@ -214,7 +214,8 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
 
     Args:
         slot: changed in place.
-        rows: [N] int64, in range or ``MISSING``, whose value goes nowhere.
+        rows: [N] int64; of ``MISSING`` or a row out of range the value goes nowhere.
         values: [N, D] of the slot's dtype.
     """
-    _move("scatter", slot, torch.sort(rows, stable=True), values.contiguous())
+    ascending = (*torch.sort(rows, stable=True), np.int64(slot.num_rows()))
+    _move("scatter", slot, ascending, values.contiguous())
