@@ -416,10 +416,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"the saved state has a table {name!r} that this optimizer has not"
                 )
-        counts, moments, grads = {}, {}, {}
+        states: dict[str, dict[str, Any]] = {}
+        moments, grads = {}, {}
         for name, table in self._tables.items():
             if name in saved_states:
-                counts[name] = _require_step(name, saved_states[name])
+                count = _require_step(name, saved_states[name])
+                self._put_on_device(states.setdefault(name, {}), table.device, count)
                 moments[name] = (
                     table.build_moments(name, saved_states[name]) if built is None else built[name]
                 )
@@ -433,10 +435,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.state.clear()
             self._reports.clear()
             for name, table in self._tables.items():
-                state: dict[str, Any] = {}
-                if name in moments:
-                    state = self.state[table.key]
-                    self._put_on_device(state, table.device, counts[name])
+                state = states.get(name, {})
+                if state:
+                    self.state[table.key] = state
                 table.install_moments(state, moments.get(name))
                 if accumulated:
                     table.install_pending(grads[name])

@@ -50,6 +50,13 @@ ALLOWED = {
     | {"initializers", "children", "slices", "hooks", "policies"},
     "state_dicts": LEAVES | {"hash_table"},
     "optim": LEAVES | {"functional", "tables", "hash_table"},
+    "checkpoint.plain_state": LEAVES,
+    "checkpoint.files": LEAVES,
+    "checkpoint.index": LEAVES | {"checkpoint.files"},
+    "checkpoint.tables": LEAVES | {"functional", "tables", "hash_table", "row_store", "saved_rows"},
+    "checkpoint": LEAVES
+    | {"checkpoint.files", "checkpoint.index", "checkpoint.tables", "checkpoint.plain_state"}
+    | {"tables", "hash_table", "optim"},
     "_doctor": LEAVES | {"functional"},
     "__init__": ANYTHING,
     "__main__": ANYTHING,
@@ -59,7 +66,12 @@ ALLOWED = {
 LAZY = {("functional", engine) for engine in ENGINES} | {("tables", "recis")}
 
 # The one layer that may import each of these.
-OWNER = {"numba": "engines.cpu", "llvmlite": "engines.cpu", "cupy": "engines.cuda"}
+OWNER = {
+    "numba": "engines.cpu",
+    "llvmlite": "engines.cpu",
+    "cupy": "engines.cuda",
+    "safetensors": "checkpoint.files",
+}
 
 
 class Import(NamedTuple):
@@ -71,7 +83,7 @@ class Import(NamedTuple):
 def layer_of(module: str) -> str:
     """The layer of a module of the package: engines.cpu of cupy_sparse_adamw.engines.cpu.adamw."""
     parts = module.split(".")[1:] or ["__init__"]
-    return ".".join(parts[:2]) if parts[0] == "engines" else parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("engines", "checkpoint") else parts[0]
 
 
 def imports(tree: ast.AST, package: str, modules: set[str]) -> Iterator[Import]:
@@ -230,7 +242,8 @@ def run_from_source(code: str, cwd: Path, **env: str) -> str:
 
 def test_importing_loads_no_compiler_and_needs_no_gpu(tmp_path: Path):
     code = (
-        f"import {PACKAGE}\nprint([m for m in ('numba', 'llvmlite', 'cupy') if m in sys.modules])\n"
+        f"import {PACKAGE}\nfrom {PACKAGE} import checkpoint\n"
+        f"print([m for m in {sorted(OWNER)} if m in sys.modules])\n"
     )
     assert run_from_source(code, tmp_path, CUDA_VISIBLE_DEVICES="") == "[]"
 
