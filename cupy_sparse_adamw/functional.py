@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import signal
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -88,6 +90,29 @@ def _engine(device: torch.device) -> Any:
                 stacklevel=2,
             )
         return load_engine("reference")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the block Ctrl-C waits: what handles SIGINT is called at its end.
+
+    Only the main thread is ever interrupted, so in others nothing is done, nor where Python does
+    not handle SIGINT.
+    """
+    handler = None
+    if threading.get_ident() == threading.main_thread().ident:
+        handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        yield
+        return
+    came: list[Any] = []
+    try:
+        signal.signal(signal.SIGINT, lambda *received: came.append(received))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:  # also where the block raised
+            handler(*came[0])
 
 
 class Segments:

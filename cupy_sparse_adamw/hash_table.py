@@ -416,6 +416,7 @@ class HashTable(torch.nn.Module, RowTable):
             self._label, "embeddings", embeddings, flat.numel(), self.embedding_shape, self.device
         ).detach()
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
+        values = values.contiguous()  # takes its memory while no row has appeared yet
         rows = self._admitted(flat)
         self._note_change(rows)
         functional.scatter_(self._store.embedding, rows, values)

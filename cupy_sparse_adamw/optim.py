@@ -172,8 +172,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Update every table that has a gradient, or count a micro-batch.
 
         Everything is checked before anything is written: after one of the exceptions below,
-        weights, moments and counters of all tables are what they were. (Ctrl-C in the update itself
-        may come between two tables.)
+        weights, moments and counters of all tables are what they were. Ctrl-C during the update is
+        held back until it is done. (docs/reliability.md says what running out of memory may leave.)
 
         On a GPU nothing is read back in a step, so a row out of range is skipped, and the first
         ``step()`` that finds this reported raises the IndexError, as does ``state_dict()``.
@@ -236,8 +236,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             Update(pending, *table.moments(pending, state), state["step"], hyper)
             for table, pending, state, hyper in zip(tables, grads, states, hypers, strict=True)
         ]
-        self._reports += self._apply_updates(updates, segments)
-        self._accumulated = 0
+        with functional.uninterrupted():
+            self._reports += self._apply_updates(updates, segments)
+            self._accumulated = 0
 
     def _apply_updates(
         self, updates: list[Update], segments: functional.Segments
@@ -253,11 +254,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         with torch.inference_mode(False):  # they outlive the mode that they appear in
             if "step" not in state:
-                state["step"] = torch.full((), t, dtype=torch.int64, device=device)
-                state["row_fault"] = torch.zeros(2, dtype=torch.int64, device=device)
+                new = {
+                    "step": torch.full((), t, dtype=torch.int64, device=device),
+                    "row_fault": torch.zeros(2, dtype=torch.int64, device=device),
+                }
             else:  # a HashTable was moved
-                for key in ("step", "row_fault"):
-                    state[key] = state[key].to(device, torch.int64)
+                new = {key: state[key].to(device, torch.int64) for key in ("step", "row_fault")}
+            state.update(new)  # both or neither
 
     def _require_capturable(
         self, tables: list[Table], grads: list[Pending], hypers: list[Hyperparams]

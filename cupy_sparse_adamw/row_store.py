@@ -280,8 +280,9 @@ class RowStore:
                 longer[: index.free_rows.numel()] = index.free_rows
                 index.free_rows = longer
             self._deleted += ids.numel()
-            rows = functional.delete_(index, ids)
-            self._to_zero.append(rows)
+            with functional.uninterrupted():  # or whoever gets the rows finds old moments
+                rows = functional.delete_(index, ids)
+                self._to_zero.append(rows)
             if self.saved_rows is not None:
                 try:
                     self.saved_rows.delete(ids, rows)

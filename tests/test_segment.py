@@ -54,7 +54,7 @@ def check(tables: list[Pending]) -> None:
     _, begins, counts = np.unique(keys, return_index=True, return_counts=True)
     is_long = counts > cpu.CHUNK
     chunks = -(-counts[is_long] // cpu.CHUNK)
-    assert segments.num_chunks == chunks.sum()
+    assert segments.partials.shape[0] == chunks.sum()
     begins, counts = begins[is_long], counts[is_long]
     runs = np.stack([begins, begins + counts, np.cumsum(chunks) - chunks], axis=1)
     assert np.array_equal(segments.long_runs, runs.reshape(-1, 3))

@@ -405,19 +405,34 @@ def _read_state(reader: Reader) -> dict[str, Any]:
     packed, tensors = reader.index["state"], _read_dense(reader)
     try:
         state = {
-            part: unpack(packed[part], tensors.__getitem__, Reference)
-            for part in ("model", "tables", "optimizers", "extra")
+            part: unpack(packed[part], tensors.__getitem__, reference)
+            for part, reference in (
+                ("model", Reference),
+                ("tables", Reference),
+                ("optimizers", _no_reference),
+                ("extra", _no_reference),
+            )
         }
-        modules = [*state["tables"].values(), *([state["model"]] if state["model"] else [])]
+        modules = [*state["tables"].values()]
+        modules += [] if state["model"] is None else [state["model"]]
         dicts = [x["values"] for x in modules]
         dicts += [x for module in modules for x in module["metadata"].values()]
         for optimizer in state["optimizers"].values():
             dicts += [optimizer["state"], *optimizer["param_groups"]]
         if not all(isinstance(x, dict) for x in dicts):
             raise ValueError("a state is no dict")
+        for key, value in [item for module in modules for item in module["values"].items()]:
+            if not isinstance(key, str):
+                raise ValueError(f"a state has a key {key!r}")
+            if isinstance(value, Reference) and value.name not in reader.index["tables"]:
+                raise ValueError(f"{key} is the weight of table {value.name!r}, which is not there")
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{reader.path} holds a state that is none: {error}") from error
     return state
+
+
+def _no_reference(name: str) -> Any:
+    raise ValueError(f"a weight of table {name!r} is not in a model")
 
 
 def _require_fits(chain: list[Reader], tables: Mapping[str, TableRows], with_moments: bool) -> None:
@@ -448,6 +463,9 @@ def _build_table(chain: list[Reader], name: str, table: TableRows, with_moments:
     in_files = sum(chunk["rows"] for _, entry in parts for chunk in entry["chunks"])
     if newest["rows"] > in_files:
         raise CheckpointError(f"{chain[0].path} names more rows of table {name!r} than it has")
+    for reader, entry in parts:  # before memory is taken for what an index claims to have
+        for chunk in entry["chunks"]:
+            reader.require_there(chunk["file"])
     moments = with_moments and MOMENTS[0] in newest["slots"]
     table.start(newest["rows"], moments)
     for reader, entry in reversed(parts):

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,13 @@ _NATIVE = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 )
+
+#: What an index may call a dtype. ``getattr(torch, name)`` would import modules by some names.
+DTYPES = {
+    name: dtype
+    for name, dtype in vars(torch).items()
+    if isinstance(dtype, torch.dtype) and not name.startswith(("q", "bits"))
+}
 
 
 class CheckpointError(RuntimeError):
@@ -245,7 +253,7 @@ class Reader:
             raise CheckpointError(f"there is no checkpoint {folder}")
         data = _read(path)
         try:
-            whole = json.loads(data)
+            whole = json.loads(data.decode())  # UTF-8, and no guess at the encoding
             index, self.checksum = whole["index"], whole["sha256"]
             # allow_nan=False, since json.loads takes NaN
             intact = data == _dump({"index": index, "sha256": self.checksum})
@@ -267,6 +275,12 @@ class Reader:
         """Path and bytes of each file that the index lists."""
         return ((self.folder / name, size) for name, (size, _) in self._files.items())
 
+    def require_there(self, name: str) -> None:
+        """Raise CheckpointError unless a listed file is there, as large as the index says."""
+        path = self.folder / name
+        with _reading(path), path.open("rb") as file:
+            _require_bytes(path, file.fileno(), self._files[name][0])
+
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a file, on the CPU.
 
@@ -286,6 +300,8 @@ class Reader:
         try:
             with torch.device("cpu"):  # whatever the default device is
                 tensors: dict[str, torch.Tensor] = module.load(data)
+        except MemoryError:
+            raise
         except Exception as error:  # safetensors' own, KeyError, ... : written by something else
             raise CheckpointError(f"{path} is no safetensors file: {error}") from error
         return tensors
@@ -297,10 +313,11 @@ def restored(tensor: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor
     Raises:
         ValueError: it does not fit.
     """
-    wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype):
+    if dtype not in DTYPES:
         raise ValueError(f"torch has no dtype {dtype!r}")
-    if wanted not in _NATIVE and tensor.dtype is torch.uint8 and tensor.dim() == 1:
+    wanted = DTYPES[dtype]
+    as_bytes = wanted not in _NATIVE and tensor.dtype is torch.uint8 and tensor.dim() == 1
+    if as_bytes and tensor.nbytes == math.prod(shape) * wanted.itemsize:
         tensor = tensor.view(wanted).reshape(shape)
     if tensor.dtype is not wanted or list(tensor.shape) != shape:
         raise ValueError(f"a tensor is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}")
@@ -309,12 +326,23 @@ def restored(tensor: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor
 
 def _read(path: Path, size: int | None = None) -> bytes:
     """All of a file; a CheckpointError if there is none or it has another size."""
+    with _reading(path), path.open("rb") as file:
+        if size is not None:
+            _require_bytes(path, file.fileno(), size)
+        return file.read()
+
+
+def _require_bytes(path: Path, file: int, size: int) -> None:
+    found = os.fstat(file).st_size
+    if found != size:
+        raise CheckpointError(f"{path} is damaged: it has {found} bytes, not {size}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Have every OSError become a CheckpointError that names the file."""
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if size is not None and found != size:
-                raise CheckpointError(f"{path} is damaged: it has {found} bytes, not {size}")
-            return file.read()
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; latest(root) names a checkpoint") from error
     except OSError as error:

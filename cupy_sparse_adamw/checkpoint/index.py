@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import files
 from .files import CheckpointError, Reader
 
@@ -83,8 +81,8 @@ def _require_index(reader: Reader) -> None:
         return int(value)
 
     def row_bytes(slot: dict[str, Any]) -> int:
-        dtype = getattr(torch, require(slot["dtype"], str))
-        return require_count(slot["dim"], 1) * int(require(dtype, torch.dtype).itemsize)
+        dtype = files.DTYPES[require(slot["dtype"], str)]
+        return require_count(slot["dim"], 1) * int(dtype.itemsize)
 
     index = reader.index
     sizes = {path.name: size for path, size in reader.files()}
@@ -92,8 +90,10 @@ def _require_index(reader: Reader) -> None:
     require(index["follow"], bool)
     require(index["state"], dict)
     base = require(index["base"], dict, type(None))
-    if base is not None and not STEP.fullmatch(require(base["name"], str)):
-        raise ValueError(f"its base is {base['name']!r}")
+    if base is not None:
+        require(base["sha256"], str)
+        if not STEP.fullmatch(require(base["name"], str)):
+            raise ValueError(f"its base is {base['name']!r}")
     for tensor in require(index["tensors"], list):
         require(tensor["dtype"], str)
         for length in require(tensor["shape"], list):
@@ -101,6 +101,8 @@ def _require_index(reader: Reader) -> None:
         sizes[tensor["file"]]
     for entry in require(index["tables"], dict).values():
         require(entry["kind"], str)
+        for name in require(entry["owner"], list, type(None)) or ():
+            require(name, str)
         require_count(entry["rows"])
         for key in ("whole", "in_model"):
             require(entry[key], bool)
@@ -109,7 +111,11 @@ def _require_index(reader: Reader) -> None:
             raise ValueError("there are changes, but no base")
         for name in require(entry["deleted"], list):
             sizes[name]
+        seen = set()
         for chunk in require(entry["chunks"], list):
+            if chunk["file"] in seen:
+                raise ValueError(f"{chunk['file']} is listed twice: an id is saved twice")
+            seen.add(chunk["file"])
             if require_count(chunk["rows"]) * per_row > sizes[chunk["file"]]:
                 raise ValueError(f"{chunk['file']} is too short")
 
@@ -154,7 +160,8 @@ def remove_old(root: Path, keep: int, newest: Path) -> None:
             chains[path] = {reader.folder for reader in chain}
     kept = [newest, *(path for path in chains if path != newest)][:keep]
     needed = set().union(*(chains.get(path, {path}) for path in kept))
-    for path in chains.keys() - needed:
+    # An increment goes before its base, or a kill between the two would leave it without one.
+    for path in sorted(chains.keys() - needed, key=lambda x: len(chains[x]), reverse=True):
         try:
             files.remove(path)
         except OSError as error:

@@ -138,6 +138,8 @@ class TableRows:
                 f"table {self.name!r}: the checkpoint has a slot {unknown!r} that it has not; make "
                 f"it with the hooks that it was saved with"
             )
+        if (EXP_AVG in layout) != (EXP_AVG_SQ in layout):
+            raise ValueError(f"table {self.name!r}: the checkpoint has one of two moments")
         for name, slot in own.items():
             dim, dtype = layout[name]["dim"], getattr(torch, layout[name]["dtype"])
             if dim != slot.dim:

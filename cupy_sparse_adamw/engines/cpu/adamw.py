@@ -417,9 +417,9 @@ def _store_sums(  # type: ignore[no-untyped-def]
     return 0
 
 
-def _with_chunks_summed(segments: Segments, partials: np.ndarray) -> _Grads:
+def _with_chunks_summed(segments: Segments) -> _Grads:
     """The kernels' view of segments, the chunks of long runs summed by all threads."""
-    itemsize = segments.grad_dtype.itemsize
+    itemsize, partials = segments.grad_dtype.itemsize, segments.partials
     grads = _Grads(
         segments.words.ctypes.data,
         segments.position_bits,
@@ -501,8 +501,7 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
     )
     size = segments.words.size
     parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
-    partials = np.empty((segments.num_chunks, segments.dim))
-    grads = _with_chunks_summed(segments, partials)
+    grads = _with_chunks_summed(segments)
     parallel_for(_update_runs, size, parts, grads, tables)
     _advance_steps(steps)
 
@@ -514,8 +513,7 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         rows [U] int64, ascending, and values [U, D] of the gradients' dtype.
     """
     segments = segment([pending])
-    partials = np.empty((segments.num_chunks, segments.dim))
-    grads = _with_chunks_summed(segments, partials)
+    grads = _with_chunks_summed(segments)
     size = segments.words.size
     parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
     counts = parallel_for(_count_runs, size, parts, grads)

@@ -77,7 +77,7 @@ class Segments:
         pieces: [P, 3] int64: address, row stride and column stride (elements) of the gradients.
         first_pieces: [T + 1] int64, each table's first piece.
         long_runs: [K, 3] int64: begin, end, first chunk of each run longer than ``CHUNK``.
-        num_chunks: chunks of all long runs.
+        partials: [chunks, D] float64, room for the sums of the chunks of all long runs.
     """
 
     pending: Sequence[Pending]
@@ -91,7 +91,7 @@ class Segments:
     pieces: np.ndarray
     first_pieces: np.ndarray
     long_runs: np.ndarray
-    num_chunks: int
+    partials: np.ndarray
 
 
 @jit
@@ -317,7 +317,8 @@ def segment(pending: Sequence[Pending]) -> Segments:
         ),
         first_pieces=first_pieces,
         long_runs=long_runs[:num_long_runs],
-        num_chunks=num_chunks,
+        # Taken here, since no table has been written to yet: it is all that grows with the batch.
+        partials=np.empty((num_chunks, first_grad.shape[1])),
     )
     weakref.finalize(segments, _free_buffers.append, buffer).atexit = False
     return segments
