@@ -205,7 +205,7 @@ class HashTable(torch.nn.Module, RowTable):
     def ids_map(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [n] int64, their rows [n] int64)."""
         rows = self._store.rows()
-        return functional.gather(self._store.ids_by_row, rows).flatten(), rows
+        return self._store.ids_of(rows), rows
 
     def embeddings(self) -> torch.Tensor:
         """A copy of the embeddings by row number, [rows, *embedding_shape]; zeros in free rows."""
@@ -344,10 +344,10 @@ class HashTable(torch.nn.Module, RowTable):
             unused = self._store.unused(rows)
             if unused.numel():
                 raise _checks.row_error(self._label, int(unused[0]), self._store.num_numbered)
-        self._accept(self._store.follow(FoundRows(rows)), grad)
+        self._accept(FoundRows(rows), grad)
 
     def _accept(self, found: FoundRows, grad: torch.Tensor) -> None:
-        self._store.pin(found)
+        self._store.follow(found)
         grad = self._require_grad(self._label, "grad", grad, found.rows).detach().resolve_neg()
         if self.copy_grads or grad.is_inference():  # inference tensors count no versions
             with torch.inference_mode(False):
@@ -418,7 +418,7 @@ class HashTable(torch.nn.Module, RowTable):
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
         values = values.contiguous()  # takes its memory while no row has appeared yet
         rows = self._admitted(flat)
-        self._note_change(rows)
+        self.note_change(rows)
         functional.scatter_(self._store.embedding, rows, values)
 
     def delete(self, ids: torch.Tensor, index: Any = None, preserve_slot: Any = None) -> None:
@@ -491,7 +491,7 @@ class HashTable(torch.nn.Module, RowTable):
             if low < MISSING or high >= slot.num_rows():
                 bad = low if low < MISSING else high
                 raise _checks.row_error(self._label, bad, self._store.num_numbered)
-        self._note_change(index)
+        self.note_change(index)
         functional.scatter_(slot, index.long(), value)
 
     @staticmethod
@@ -514,10 +514,6 @@ class HashTable(torch.nn.Module, RowTable):
         """The slot of a name, ``slot_group().slot_by_name(name)``."""
         return self.slot_group().slot_by_name(name)
 
-    def _note_change(self, rows: torch.Tensor) -> None:
-        if self.saved_rows is not None:
-            self.saved_rows.change(rows)
-
     def _hook_slots(self) -> list[Slot]:
         own = (EMBEDDING, EXP_AVG, EXP_AVG_SQ)
         return [slot for name, slot in self._store.slots.items() if name not in own]
@@ -531,7 +527,7 @@ class HashTable(torch.nn.Module, RowTable):
         store = self._store
         if not _rows_apart.get():
             rows = store.rows()
-            destination[prefix + "ids"] = functional.gather(store.ids_by_row, rows).flatten()
+            destination[prefix + "ids"] = store.ids_of(rows)
             for slot in (store.embedding, *self._hook_slots()):
                 destination[prefix + slot.name()] = functional.gather(slot, rows)
         destination[prefix + "seed"] = torch.tensor(store.seed, device="cpu")

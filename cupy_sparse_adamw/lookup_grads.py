@@ -107,8 +107,7 @@ class LookupGrads:
         result = []
         for rows, grad in self.pieces(name):
             kept = rows != MISSING
-            ids = functional.gather(self._store.ids_by_row, rows[kept]).flatten()
-            result.append((ids, grad[kept]))
+            result.append((self._store.ids_of(rows[kept]), grad[kept]))
         return result
 
     def follow_move(

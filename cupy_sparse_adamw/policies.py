@@ -146,7 +146,7 @@ class _Eviction(BaseFilterHookImpl):
         """Delete rows until ``count`` more fit; see ``BaseFilterHookImpl.make_room``."""
         in_use = len(self._ht)
         excess = in_use + count - self.max_rows
-        if count == 0 or excess <= 0:
+        if excess <= 0:
             return
         ids, rows = self._ht.ids_map()
         held = torch.cat([keep, self._ht.pending_rows()])

@@ -21,7 +21,14 @@ import torch
 
 from . import _checks, functional
 from ._types import MISSING, MOMENT_DTYPE, Pending, PendingGrad, Slot
-from .tables import Table, dtype_name, require_moments, require_piece
+from .tables import (
+    Table,
+    dtype_name,
+    require_held,
+    require_moment_rows,
+    require_moments,
+    require_piece,
+)
 
 EMBEDDING = "embedding"
 #: RecIS's own optimizer gives its moments the same names.
@@ -265,12 +272,7 @@ class RecisTable(Table):
         """Rows [n] of the saved ids, and the saved moments; see ``Table.build_moments``."""
         values = require_moments(name, saved, self.dtype, self._dim)
         rows = self._rows_of_saved(name, "moments", saved.get("ids"))
-        if rows.numel() != values[0].shape[0]:
-            raise ValueError(
-                f"table {name!r}: {rows.numel()} ids are saved with {values[0].shape[0]} moments"
-            )
-        if rows.unique().numel() != rows.numel():
-            raise ValueError(f"table {name!r}: the saved moments name an id twice")
+        require_moment_rows(name, rows, values[0].shape[0])
         return rows, values
 
     def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
@@ -338,11 +340,7 @@ class RecisTable(Table):
         ids = _checks.require_ids(ids).to(self._device, torch.int64).reshape(-1)
         known, rows = self._ids_map()
         at, found = _search(known, ids)
-        if absent := int((~found).sum()):
-            raise ValueError(
-                f"table {name!r}: the saved {what} name {absent} ids that the table does not hold; "
-                f"load the model first"
-            )
+        require_held(name, what, found)
         return rows[at]
 
 

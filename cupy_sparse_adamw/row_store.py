@@ -152,8 +152,7 @@ class RowStore:
             index.counters[2:] = 0  # rows that were given but not counted
             index.entries.fill_(MISSING)
             for rows in _rows_in(index).split(ROWS_AT_A_TIME):
-                ids = functional.gather(self.ids_by_row, rows).flatten()
-                functional.insert_(index.entries, ids, rows)
+                functional.insert_(index.entries, self.ids_of(rows), rows)
             self._deleted, self._is_torn = 0, False
         return index
 
@@ -184,7 +183,11 @@ class RowStore:
 
     def ids(self) -> torch.Tensor:
         """The ids that have a row, [n] int64, by row."""
-        return functional.gather(self.ids_by_row, self.rows()).flatten()
+        return self.ids_of(self.rows())
+
+    def ids_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The ids [n] int64 of rows [n] in use; 0 for ``MISSING``."""
+        return functional.gather(self.ids_by_row, rows).flatten()
 
     def rows(self) -> torch.Tensor:
         """The rows in use, [n] int64, ascending. Waits for the device."""
@@ -196,8 +199,7 @@ class RowStore:
         rows = torch.arange(begin, max(begin, min(end, numbered)), device=self.embedding.device)
         if not free:
             return rows
-        ids = functional.gather(self.ids_by_row, rows).flatten()
-        return rows[self.find(ids) == rows]
+        return rows[self.find(self.ids_of(rows)) == rows]
 
     def has_deleted(self) -> bool:
         """Whether ids were ever deleted, so that rows may be free. Never waits."""
@@ -207,8 +209,7 @@ class RowStore:
         """Those of rows [N] int64 that no id has. Waits for the device."""
         unused = (rows < 0) | (rows >= self.num_numbered)
         if self.has_deleted():
-            ids = functional.gather(self.ids_by_row, rows.masked_fill(unused, MISSING))
-            unused |= self.find(ids.flatten()) != rows
+            unused |= self.find(self.ids_of(rows.masked_fill(unused, MISSING))) != rows
         return rows[unused]
 
     def nbytes(self) -> int:
@@ -306,7 +307,10 @@ class RowStore:
     # ------------------------------------------------------------------ following rows
 
     def follow(self, found: FoundRows) -> FoundRows:
-        """See to it that ``rows_now`` knows where these rows went, as long as they are kept."""
+        """See to it that ``rows_now`` knows where these rows went, as long as they are kept.
+
+        And pin them: at a lookup, and again when its gradient has come.
+        """
         self._followed.add(found)
         found.pinned_in = self.pins
         return found
@@ -321,7 +325,7 @@ class RowStore:
         """Note what rows stand for, where somebody keeps them: they are about to change."""
         for found in self._followed_here():
             if found.ids is None:
-                found.ids = functional.gather(self.ids_by_row, found.rows).flatten()
+                found.ids = self.ids_of(found.rows)
 
     def _followed_here(self) -> list[FoundRows]:
         """All but those that were found before the table was moved to another device."""
@@ -332,10 +336,6 @@ class RowStore:
         none = torch.empty(0, dtype=torch.int64, device=self.embedding.device)
         pinned = [x for x in self._followed_here() if x.pinned_in == self.pins]
         return torch.cat([none, *map(self.rows_now, pinned)])
-
-    def pin(self, found: FoundRows) -> None:
-        """A gradient of followed rows has come."""
-        found.pinned_in = self.pins
 
     def unpin(self) -> None:
         """No gradient waits any more, nor is one expected for lookups made so far."""

@@ -10,7 +10,14 @@ from . import _checks, functional
 from ._types import MISSING, Pending, Slot
 from .lookup_grads import LookupGrad, LookupGrads
 from .row_store import EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore
-from .tables import Table, dtype_name, require_moments, require_piece
+from .tables import (
+    Table,
+    dtype_name,
+    require_held,
+    require_moment_rows,
+    require_moments,
+    require_piece,
+)
 
 
 class RowTable(Table):
@@ -61,9 +68,8 @@ class RowTable(Table):
 
     def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
-        if self.saved_rows is not None:
-            for piece in pending.pieces:
-                self.saved_rows.change(piece.rows)
+        for piece in pending.pieces:
+            self.note_change(piece.rows)
         return self._moments()
 
     def _moments(self) -> tuple[Slot, Slot]:
@@ -86,20 +92,14 @@ class RowTable(Table):
             "exp_avg": functional.gather(first, rows),
             "exp_avg_sq": functional.gather(second, rows),
             "dtype": dtype_name(self.dtype),
-            "ids": functional.gather(self._store.ids_by_row, rows).flatten(),
+            "ids": self._store.ids_of(rows),
         }
 
     def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
         """New slots with the saved moments; see ``Table.build_moments``."""
         values = require_moments(name, saved, self.dtype, self._store.embedding.dim)
         rows = self._rows_of_saved(name, "moments", saved.get("ids"))
-        if rows.numel() != values[0].shape[0]:
-            raise ValueError(
-                f"table {name!r}: {rows.numel()} ids are saved with {values[0].shape[0]} moments"
-            )
-        held = rows[rows != MISSING]
-        if held.unique().numel() != held.numel():
-            raise ValueError(f"table {name!r}: the saved moments name an id twice")
+        require_moment_rows(name, rows, values[0].shape[0])
         built = self._store.new_moments()
         for slot, value in zip(built, values, strict=True):
             functional.scatter_(slot, rows, value.to(self.device))
@@ -111,12 +111,7 @@ class RowTable(Table):
             raise ValueError(f"table {name!r}: the saved {what} have no ids; is it a HashTable's?")
         ids = self._flat(_checks.require_ids(ids))
         rows = self._store.find(ids)
-        absent = int(((rows == MISSING) & self.accepts(ids)).sum())
-        if absent:
-            raise ValueError(
-                f"table {name!r}: the saved {what} name {absent} ids that the table does not hold; "
-                f"load the model first"
-            )
+        require_held(name, what, (rows != MISSING) | ~self.accepts(ids))
         return rows
 
     def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _checks
 from ._memory import empty
-from ._types import MOMENT_DTYPE, Pending, PendingGrad, Slot
+from ._types import MISSING, MOMENT_DTYPE, Pending, PendingGrad, Slot
 
 ACCEPTED = (
     "a HashTable, a torch.nn.Embedding(sparse=True) or EmbeddingBag(sparse=True), its weight, or a "
@@ -40,6 +40,11 @@ class Table:
     #: Which rows are as in a checkpoint (``SavedRows``); None while nobody asks for increments, and
     #: once something changed all rows. ``moments`` notes those in ``pending`` as changed.
     saved_rows: Any = None
+
+    def note_change(self, rows: torch.Tensor) -> None:
+        """Rows [N] int64 are about to change, for the next increment; rows may repeat."""
+        if self.saved_rows is not None:
+            self.saved_rows.change(rows)
 
     @property
     def key(self) -> Any:
@@ -223,9 +228,8 @@ class EmbeddingTable(Table):
         Raises:
             RuntimeError: the weight was moved, converted or resized after the first step.
         """
-        if self.saved_rows is not None:
-            for piece in pending.pieces:
-                self.saved_rows.change(piece.rows)
+        for piece in pending.pieces:
+            self.note_change(piece.rows)
         held = self._moments
         if held is None or held.param is not pending.param or not held.are_in(state):
             self._require_moments(pending.name, state)
@@ -411,6 +415,27 @@ def recis_impl(value: Any) -> Any | None:
     """The RecIS ``HashtableImpl`` that ``value`` is, or wraps as RecIS's module does, or None."""
     impl = getattr(value, "_hashtable_impl", value)
     return impl if hasattr(impl, "hashtable_tag") else None
+
+
+def require_moment_rows(name: str, rows: torch.Tensor, count: int) -> None:
+    """Raise ValueError unless saved ids with rows [n] are distinct, and n is ``count``.
+
+    ``MISSING`` may repeat.
+    """
+    if rows.numel() != count:
+        raise ValueError(f"table {name!r}: {rows.numel()} ids are saved with {count} moments")
+    held = rows[rows != MISSING]
+    if held.unique().numel() != held.numel():
+        raise ValueError(f"table {name!r}: the saved moments name an id twice")
+
+
+def require_held(name: str, what: str, held: torch.Tensor) -> None:
+    """Raise ValueError unless all saved ids, of moments or gradients, are in the table."""
+    if absent := int((~held).sum()):
+        raise ValueError(
+            f"table {name!r}: the saved {what} name {absent} ids that the table does not hold; "
+            f"load the model first"
+        )
 
 
 def as_table(name: str, value: Any) -> Table:

@@ -67,7 +67,51 @@ class Model(torch.nn.Module):
         return self.tied(self.head(x).tanh())
 
 
-class Training:
+class Resumable:
+    """What two trainings of tests have in common: all that a checkpoint must bring back."""
+
+    model: torch.nn.Module
+    tables: SparseAdamW
+    dense: torch.optim.Optimizer
+    schedulers: list[Any]
+    generator: torch.Generator
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"tables": self.tables, "dense": self.dense}
+
+    def extra(self) -> dict[str, Any]:
+        return {
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "generator": self.generator.get_state(),
+            # Dense gradients of micro-batches that wait are the loop's, as with torch.
+            "grads": [p.grad for p in self.dense.param_groups[0]["params"]],
+        }
+
+    def go_on(self, path: Path) -> int:
+        """Go back to a checkpoint. Returns its step."""
+        loaded = checkpoint.load(path, self.model, self.optimizers)
+        extra = loaded["extra"]
+        for scheduler, state in zip(self.schedulers, extra["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        self.generator.set_state(extra["generator"])
+        for p, grad in zip(self.dense.param_groups[0]["params"], extra["grads"], strict=True):
+            p.grad = grad
+        return loaded["step"]
+
+    def state(self) -> dict[str, Any]:
+        """All there is, a copy, tables by ascending id."""
+        return copy.deepcopy(
+            {
+                "model": by_id(self.model.state_dict()),
+                "tables": by_id(self.tables.state_dict()),
+                "dense": self.dense.state_dict(),
+                "extra": self.extra(),
+            }
+        )
+
+
+class Training(Resumable):
     """Step i is a function of i alone. ``accumulate``: micro-batches in an update."""
 
     def __init__(
@@ -82,14 +126,12 @@ class Training:
         self.tables.set_grad_accum_steps(accumulate)
         rest = [*self.model.head.parameters(), self.model.tied.bias]
         self.dense = torch.optim.AdamW(rest, lr=0.01, amsgrad=True)
-        self.scheduler = lr_scheduler.MultiStepLR(self.dense, [2, 5, 5])
-        self.warmup = lr_scheduler.LinearLR(self.tables, 0.5, total_iters=6)
+        self.schedulers = [
+            lr_scheduler.MultiStepLR(self.dense, [2, 5, 5]),
+            lr_scheduler.LinearLR(self.tables, 0.5, total_iters=6),
+        ]
         self.accumulate = accumulate
         self.generator = torch.Generator().manual_seed(7)
-
-    @property
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"tables": self.tables, "dense": self.dense}
 
     def micro_batch(self, i: int) -> None:
         generator = torch.Generator().manual_seed(i)
@@ -103,21 +145,13 @@ class Training:
         if i % self.accumulate == self.accumulate - 1:
             self.dense.step()
             self.dense.zero_grad()
-            self.scheduler.step()
-            self.warmup.step()
+            for scheduler in self.schedulers:
+                scheduler.step()
 
     def play(self, begin: int, end: int) -> Training:
         for i in range(begin, end):
             self.micro_batch(i)
         return self
-
-    def extra(self) -> dict[str, Any]:
-        return {
-            "schedulers": [self.scheduler.state_dict(), self.warmup.state_dict()],
-            "generator": self.generator.get_state(),
-            # Dense gradients of micro-batches that wait are the loop's, as with torch.
-            "grads": [p.grad for p in self.dense.param_groups[0]["params"]],
-        }
 
     def save(self, root: Path, step: int, **options: Any) -> Path:
         return checkpoint.save(
@@ -125,27 +159,8 @@ class Training:
         )
 
     def load(self, path: Path) -> Training:
-        loaded = checkpoint.load(path, self.model, self.optimizers)
-        extra = loaded["extra"]
-        for scheduler, state in zip(
-            (self.scheduler, self.warmup), extra["schedulers"], strict=True
-        ):
-            scheduler.load_state_dict(state)
-        self.generator.set_state(extra["generator"])
-        for p, grad in zip(self.dense.param_groups[0]["params"], extra["grads"], strict=True):
-            p.grad = grad
+        self.go_on(path)
         return self
-
-    def state(self) -> dict[str, Any]:
-        """All there is, a copy, tables by ascending id."""
-        return copy.deepcopy(
-            {
-                "model": by_id(self.model.state_dict()),
-                "tables": by_id(self.tables.state_dict()),
-                "dense": self.dense.state_dict(),
-                "extra": self.extra(),
-            }
-        )
 
 
 def by_id(state: Any) -> Any:

@@ -7,7 +7,6 @@ line of JSON; raises at the first difference. Run by test_soak_checkpoints.py.
 
 from __future__ import annotations
 
-import copy
 import json
 import mmap
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_runs import by_id
+from checkpoint_runs import Resumable
 from test_state import differences
 
 from cupy_sparse_adamw import (
@@ -63,7 +62,7 @@ class Model(torch.nn.Module):
         return self.head(torch.tanh(self.users(users) * self.films(films) + self.words(words)))
 
 
-class Training:
+class Training(Resumable):
     """Step i is a function of i, and of a generator whose state is in the checkpoints."""
 
     def __init__(self, seed: int) -> None:
@@ -77,10 +76,6 @@ class Training:
             torch.optim.lr_scheduler.LinearLR(self.tables, 0.1, total_iters=20),
         ]
         self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"tables": self.tables, "dense": self.dense}
 
     def step(self, i: int) -> str:
         """Train with micro-batch i. Returns the loss, all bits of it."""
@@ -100,13 +95,6 @@ class Training:
                 scheduler.step()
         return loss.mean().item().hex()
 
-    def extra(self) -> dict[str, Any]:
-        return {
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "generator": self.generator.get_state(),
-            "grads": [p.grad for p in self.model.head.parameters()],
-        }
-
     def save(self, root: Path, i: int) -> None:
         """Two increments follow each full checkpoint."""
         checkpoint.save(
@@ -121,25 +109,7 @@ class Training:
 
     def load(self, path: Path) -> int:
         """Go back to a checkpoint. Returns the first step that comes after it."""
-        loaded = checkpoint.load(path, self.model, self.optimizers)
-        extra = loaded["extra"]
-        for scheduler, state in zip(self.schedulers, extra["schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        self.generator.set_state(extra["generator"])
-        for p, grad in zip(self.model.head.parameters(), extra["grads"], strict=True):
-            p.grad = grad
-        return loaded["step"] + 1
-
-    def state(self) -> dict[str, Any]:
-        """All there is, a copy, tables by ascending id."""
-        return copy.deepcopy(
-            {
-                "model": by_id(self.model.state_dict()),
-                "tables": by_id(self.tables.state_dict()),
-                "dense": self.dense.state_dict(),
-                "extra": self.extra(),
-            }
-        )
+        return self.go_on(path) + 1
 
 
 def train(root: Path, phase: mmap.mmap) -> None:

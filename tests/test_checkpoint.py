@@ -393,7 +393,7 @@ def test_a_table_that_does_not_fit(tmp_path, change, error, text):
     other.model.plain = table
     other.tables = SparseAdamW({"embedding": other.model.embedding, "p": table}, lr=0.01)
     other.tables.add_param_group({"params": {"h": other.model.hooked}})
-    other.warmup = other.scheduler
+    other.schedulers[1] = other.schedulers[0]
     before = other.state()
     with pytest.raises(error, match=text):
         checkpoint.load(path, other.model, other.optimizers)

@@ -226,7 +226,7 @@ class HashTableRows(TableRows):
 
     def ids(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``TableRows``."""
-        return functional.gather(self._store.ids_by_row, rows).flatten()
+        return self._store.ids_of(rows)
 
     def note_saved(self, checkpoint: Any) -> None:
         """See ``TableRows``."""
@@ -283,7 +283,7 @@ class HashTableRows(TableRows):
             moments = built.new_moments()
             for begin in range(0, built.num_numbered, 1 << 16):
                 rows = built.rows_between(begin, begin + (1 << 16))
-                old_rows = old.find(functional.gather(built.ids_by_row, rows).flatten())
+                old_rows = old.find(built.ids_of(rows))
                 for name, slot in zip(MOMENTS, moments, strict=True):
                     functional.scatter_(slot, rows, functional.gather(old.slots[name], old_rows))
             built.slots[EXP_AVG], built.slots[EXP_AVG_SQ] = moments
