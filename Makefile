@@ -26,7 +26,7 @@ ifneq ($(CUDA),$(firstword $(filter auto 12x 13x none,$(CUDA))))
 $(error CUDA must be 12x, 13x, none or auto, got $(CUDA))
 endif
 
-.PHONY: help setup train test soak lint format doctor scale bench bench-compare bench-baseline bench-quick bench-gpu kernels gpu-check mutants FORCE
+.PHONY: help setup train study test soak lint format doctor scale bench bench-compare bench-baseline bench-quick bench-gpu kernels gpu-check mutants FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -43,11 +43,15 @@ setup: $(VENV)/train.installed $(VENV)/test.installed $(VENV)/lint.installed ## 
 train: $(VENV)/train.installed ## train on MovieLens-100K; ARGS=--resume goes on, ARGS=--help lists the rest
 	$(PY) examples/train_movielens.py $(ARGS)
 
+study: $(VENV)/train.installed ## the convergence study, into docs/study.md; 45 minutes, after Ctrl-C it goes on
+	$(PY) examples/study.py $(ARGS)
+
 test: $(VENV)/test.installed ## run all tests; ends with what was skipped
 	$(PY) -m pytest $(ARGS)
 
 soak: $(VENV)/test.installed ## the campaigns of docs/reliability.md in full, of which test runs a tenth
-	SOAK=1 $(PY) -m pytest -s tests/test_soak_checkpoints.py tests/test_programs.py $(ARGS)
+	SOAK=1 $(PY) -m pytest -s tests/test_soak_checkpoints.py tests/test_programs.py \
+		tests/test_allocation.py tests/test_interruptions.py tests/test_threads.py $(ARGS)
 
 lint: $(VENV)/lint.installed ## ruff, mypy and clang-format; changes nothing
 	$(PY) -m ruff check

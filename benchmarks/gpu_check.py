@@ -487,6 +487,36 @@ def trained(
     }
 
 
+def untouched() -> Figures:
+    """What rows missed while no batch touched them, in SPEC's norm, beside a replay in float64."""
+    figures: Figures = {}
+    for mode in ("decay", "dense"):
+        exact = brought_up_to_date("reference", "cpu", torch.float64, mode).numpy()
+        for dtype, limit in ((torch.float32, 4e-6), (torch.float64, 1e-11)):
+            error = relative_error(brought_up_to_date("cuda", "cuda", dtype, mode), exact)
+            where = f"untouched={mode!r}, {dtype}"
+            require(error <= limit, f"{where}: weights are off by {error:.1e} of {limit:.0e}")
+            figures[where] = float(f"{error:.2e}")
+    return figures
+
+
+def brought_up_to_date(engine: str, device: str, dtype: torch.dtype, mode: str) -> torch.Tensor:
+    """An embedding's weights after steps on few of its rows at a time, and ``flush``."""
+    draw = torch.Generator().manual_seed(6)
+    values = torch.randn(200, 36, generator=draw)
+    embedding = torch.nn.Embedding.from_pretrained(
+        values.to(device, dtype), freeze=False, sparse=True
+    )
+    optimizer = SparseAdamW({"table": embedding}, lr=1e-2, weight_decay=0.1, untouched=mode)
+    with functional.use_engine(engine):
+        for _ in range(60):
+            embedding(draw_rows(20, 200, draw).to(device)).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.flush()
+    return embedding.weight.detach().cpu()
+
+
 def short_case() -> Figures:
     """A little of everything, for compute-sanitizer: growth, long runs, 16 bits, several tables."""
     draw = torch.Generator().manual_seed(0)
@@ -647,6 +677,7 @@ IN_A_PROCESS = (
     side_stream,
     determinism,
     accuracy,
+    untouched,
     host_overhead,
     device_time,
     short_case,

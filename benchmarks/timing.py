@@ -198,10 +198,11 @@ def summary(race: Race, ours: Sequence[float], floor: float | None = None) -> di
 
 
 class EngineClock:
-    """Seconds that a step spends in ``functional.segment`` and ``functional.sparse_adamw_``.
+    """Seconds that a step spends in ``functional.segment`` and ``functional.prepare_sparse_adamw``.
 
-    That is the engine: sorting and updating, with what prepares its kernels' arguments. The rest
-    of a step is what the host pays for groups, tables and checks.
+    That is the engine: sorting and updating (what ``prepare_sparse_adamw`` returns), with what
+    prepares its kernels' arguments. The rest of a step is what the host pays for groups, tables
+    and checks.
     """
 
     def __init__(self) -> None:
@@ -222,13 +223,16 @@ class EngineClock:
 
             return call
 
+        prepare = counted(functional.prepare_sparse_adamw)
         with (
             mock.patch.object(functional, "segment", counted(functional.segment)),
-            mock.patch.object(functional, "sparse_adamw_", counted(functional.sparse_adamw_)),
+            mock.patch.object(
+                functional, "prepare_sparse_adamw", lambda *args: counted(prepare(*args))
+            ),
         ):
             yield
         if self.seconds == 0.0:
             raise RuntimeError(
-                "the step called neither functional.segment nor functional.sparse_adamw_: what an "
-                "engine is has changed, and this clock must follow"
+                "the step called neither functional.segment nor functional.prepare_sparse_adamw: "
+                "what an engine is has changed, and this clock must follow"
             )

@@ -69,17 +69,11 @@ __device__ void advance(const Table* tables, long long num_tables, Scalars<A>* s
     if (i >= num_tables) return;
     const Table& table = tables[i];
     const double t = static_cast<double>(++*global(table.step));
-    double lr = table.lr;
-    if (table.lr_address) {
-        lr = table.lr_bytes == 8 ? *global(static_cast<const double*>(table.lr_address))
-                                 : *global(static_cast<const float*>(table.lr_address));
-    }
+    const double lr = learning_rate(table);
     Scalars<A> s;
     s.one_minus_beta1 = static_cast<A>(1.0 - table.beta1);
     s.one_minus_beta2 = static_cast<A>(1.0 - table.beta2);
-    s.step_size = static_cast<A>(lr / (1.0 - pow(table.beta1, t)));
-    s.inv_sqrt_correction2 = static_cast<A>(1.0 / sqrt(1.0 - pow(table.beta2, t)));
-    s.eps = static_cast<A>(table.eps);
+    correct_bias(s, table, lr, t);
     s.decay = static_cast<A>(lr * table.weight_decay);
     s.grad_scale = static_cast<A>(table.grad_scale);
     s.mean = static_cast<A>(table.mean);

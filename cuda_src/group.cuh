@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "adamw_math.cuh"
 #include "blocks.cuh"
 
 // The gradients of one lookup: rows [n], grad [n, D].
@@ -42,7 +43,27 @@ struct Table {
     double weight_decay;
     double grad_scale;
     double mean;
+    double corrects_eps;  // not 0: eps is beside sqrt(v), without the correction of v's bias
 };
+
+// What the bias of moments makes of a table's settings in the n-th update. By logarithms 1 - beta^n
+// keeps its digits where it is small; beta may be 0.
+template <typename A>
+__device__ __forceinline__ void correct_bias(Scalars<A>& s, const Table& table, double lr,
+                                             double n) {
+    const double correction1 = -expm1(n * log(table.beta1));
+    const double root = sqrt(-expm1(n * log(table.beta2)));
+    s.step_size = static_cast<A>(lr / correction1);
+    s.inv_sqrt_correction2 = static_cast<A>(1.0 / root);
+    s.eps = static_cast<A>(table.corrects_eps != 0 ? table.eps / root : table.eps);
+}
+
+// The learning rate, where it is kept.
+__device__ __forceinline__ double learning_rate(const Table& table) {
+    if (!table.lr_address) return table.lr;
+    return table.lr_bytes == 8 ? *global(static_cast<const double*>(table.lr_address))
+                               : *global(static_cast<const float*>(table.lr_address));
+}
 
 // Index of the last of `count` things, ascending by `begin`, that begins at or before `value`.
 template <typename T>

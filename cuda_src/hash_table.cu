@@ -154,14 +154,16 @@ extern "C" __global__ void find_or_claim(Entry* entries, long long capacity, con
 }
 
 // Carries out what find_or_claim decided: fills entries, notes which id a row belongs to, draws the
-// new rows' values, tells the other occurrences of a new id its row, and counts.
+// new rows' values, tells the other occurrences of a new id its row, and counts. A new row's last
+// step becomes `now`, where there are last steps.
 //
 // A warp takes 32 ids, one a lane, then draws the new rows among them one by one, together. Rows of
 // claimants are read here and written nowhere, so reading one for a duplicate is no race.
 extern "C" __global__ void settle(Entry* entries, const long long* ids, long long* rows,
                                   const long long* places, long long size, long long* counters,
                                   char* const* id_blocks, char* const* blocks, Divisor block_rows,
-                                  long long dim, Plan plan) {
+                                  long long dim, Plan plan, char* const* last_step_blocks,
+                                  int now) {
     const long long i = thread_number();
     const bool is_claimant = i < size && places[i] >= 0;
     long long id = 0, row = MISSING;
@@ -172,6 +174,10 @@ extern "C" __global__ void settle(Entry* entries, const long long* ids, long lon
             entries[places[i]] = Entry{id, row};
             *global(reinterpret_cast<long long*>(
                 row_address(id_blocks, block_rows, row, sizeof(long long)))) = id;
+            if (last_step_blocks) {
+                *global(reinterpret_cast<int*>(
+                    row_address(last_step_blocks, block_rows, row, sizeof(int)))) = now;
+            }
         } else if (row < 0) {
             rows[i] = rows[claimant(row)];
         }

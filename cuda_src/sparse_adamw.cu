@@ -23,11 +23,19 @@
 // into a place of its own in `partials`: the first chunk of the only long run that may begin in
 // tile b at 2 b + 1, a later chunk, of the only run that may have entered it, at 2 b. `finish` adds
 // them up.
+//
+// Rows that may be behind, where UNTOUCHED is given (untouched.cuh). Whoever locates a row reads
+// its last step, sets it to t + 1, and finds in the table's log what the row has missed; those that
+// work on the row bring it up to date in registers, then update it. Per row 128 bytes of its rule
+// are read, too, and 4 bytes read and written.
 
 #include "adamw_math.cuh"
 #include "elements.cuh"
 #include "group.cuh"
 #include "threads.cuh"
+#ifdef UNTOUCHED
+#include "untouched.cuh"
+#endif
 
 using Acc = Wide<PARAM>::type;
 
@@ -40,9 +48,14 @@ constexpr int STREAMS_OF_WARP = 8;
 constexpr int STREAMS = STREAMS_OF_WARP * (TILE / WARP);
 
 // As many blocks to a multiprocessor as hide the latency of scattered rows, and as the compiler can
-// do without spilling: 32 warps on Ampere to Hopper (20 in double precision), 16 elsewhere.
+// do without spilling: 32 warps on Ampere to Hopper (20 in double precision), 24 (16) where rows
+// may be behind, 16 elsewhere.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+#ifdef UNTOUCHED
+#define OCCUPANCY __launch_bounds__(TILE, sizeof(Acc) == 4 ? 6 : 4)
+#else
 #define OCCUPANCY __launch_bounds__(TILE, sizeof(Acc) == 4 ? 8 : 5)
+#endif
 #else
 #define OCCUPANCY __launch_bounds__(TILE, 4)
 #endif
@@ -157,8 +170,11 @@ __device__ __forceinline__ Sum sum_chunk(const Grad* grads, int count, int colum
 
 // ------------------------------------------------------------------ what becomes of a sum
 
-// An update of the row. `Row` is what a run's owner looks up once for all its columns.
+// An update of the row. `Row` is what a run's owner looks up once for all its columns; `Held` is
+// how those that work on the columns have it.
 struct Updating {
+    static constexpr bool LOCATES_ONCE = false;  // locate() may be called once a run only
+
     const Table* tables;
     long long num_tables;
     const Scalars<Acc>* scalars;
@@ -170,6 +186,7 @@ struct Updating {
         Acc* exp_avg_sq;
         const Scalars<Acc>* scalars;
     };
+    using Held = Row;
 
     struct Before {
         Acc param[VEC];
@@ -177,9 +194,15 @@ struct Updating {
         Acc exp_avg_sq[VEC];
     };
 
+    __device__ __forceinline__ int table_of(KEY key) const {
+        return last_at_most(tables, static_cast<int>(num_tables), &Table::first_key, key);
+    }
+
     __device__ __forceinline__ Row locate(KEY key, long long) const {
-        const int number =
-            last_at_most(tables, static_cast<int>(num_tables), &Table::first_key, key);
+        return row_of(key, table_of(key));
+    }
+
+    __device__ __forceinline__ Row row_of(KEY key, int number) const {
         const Table& table = tables[number];
         const long long row = key - table.first_key;
         const long long param_bytes = dim * sizeof(PARAM), moment_bytes = dim * sizeof(Acc);
@@ -204,6 +227,12 @@ struct Updating {
     __device__ __forceinline__ void operator()(const Row& row, int column, Before x,
                                                const Acc (&sum)[VEC], long long count) const {
         const Scalars<Acc> s = *global(row.scalars);
+        update(row, column, x, sum, count, s);
+    }
+
+    __device__ __forceinline__ void update(const Row& row, int column, Before x,
+                                           const Acc (&sum)[VEC], long long count,
+                                           const Scalars<Acc>& s) const {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
             Acc grad = sum[k] * s.grad_scale;
@@ -216,8 +245,67 @@ struct Updating {
     }
 };
 
+#ifdef UNTOUCHED
+// An update of a row that may be behind: it is brought up to date first. Whoever locates the row
+// counts the update.
+struct CatchingUp {
+    static constexpr bool LOCATES_ONCE = true;
+
+    Updating updating;
+    const Missed* missed;  // of each table
+
+    struct Row {
+        Updating::Row in_table;
+        UNTOUCHED<Acc> own;
+    };
+    using Held = const Row&;
+    using Before = Updating::Before;
+
+    __device__ __forceinline__ Row locate(KEY key, long long) const {
+        const int number = updating.table_of(key);
+        const Table& table = updating.tables[number];
+        const Missed& of_table = missed[number];
+        const long long row = key - table.first_key;
+        Row found;
+        found.in_table = updating.row_of(key, number);
+        found.own.of(of_table, last_step(of_table, table, row));
+        if (UNTOUCHED<Acc>::MAY_COUNT && of_table.row_step) {
+            Scalars<Acc> s;
+            const int n = ++*row_number(of_table.row_step, table.block_rows, row);
+            correct_bias(s, table, learning_rate(table), n);
+            found.own.count(s);
+        }
+        return found;
+    }
+
+    // Of a row, which is set to this step.
+    __device__ __forceinline__ long long last_step(const Missed& of_table, const Table& table,
+                                                   long long row) const {
+        if (!of_table.last_step) return of_table.t;
+        int* last = row_number(of_table.last_step, table.block_rows, row);
+        const long long s = *last;
+        *last = static_cast<int>(of_table.t + 1);
+        return s;
+    }
+
+    __device__ __forceinline__ Before before(const Row& row, int column) const {
+        return updating.before(row.in_table, column);
+    }
+
+    __device__ __forceinline__ void operator()(const Row& row, int column, Before x,
+                                               const Acc (&sum)[VEC], long long count) const {
+        if (row.own.is_behind != 0) row.own.make_up(x.param, x.exp_avg, x.exp_avg_sq);
+        Scalars<Acc> s = *global(row.in_table.scalars);
+        row.own.adapt(s);
+        updating.update(row.in_table, column, x, sum, count, s);
+    }
+};
+#endif
+
 // A row of `values` [U, D]: the sums themselves, for HashTable.grad().
 struct Coalescing {
+    static constexpr bool LOCATES_ONCE = false;
+
     GRAD* values;
     const long long* ranks;  // [size]: how many runs begin at or before a position, less one
     long long dim;
@@ -225,6 +313,7 @@ struct Coalescing {
     long long mean;
 
     using Row = GRAD*;
+    using Held = Row;
     struct Before {};
 
     __device__ __forceinline__ Row locate(KEY, long long p) const {
@@ -301,7 +390,9 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
     }
     if (is_begin) {
         begins[number] = thread;
-        if (key < num_keys) rows[number] = sink.locate(key, first + thread);
+        // The row of a run longer than TILE is for `finish` to locate, where once is enough.
+        const bool is_left = Sink::LOCATES_ONCE && keys[2 * TILE + thread] == key;
+        if (key < num_keys && !is_left) rows[number] = sink.locate(key, first + thread);
     }
     if (thread == 0) {
         begins[num_runs] = TILE + behind;  // the last run's end
@@ -331,7 +422,7 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
                 store(partial + column, sum_chunk(grads + begin, min(length, TILE), column).value);
             }
         } else {
-            const typename Sink::Row row = rows[item];
+            const typename Sink::Held row = rows[item];
 #pragma unroll 1
             for (int column = lane * VEC; column < dim; column += lanes * VEC) {
                 const typename Sink::Before before = sink.before(row, column);
@@ -339,6 +430,20 @@ __device__ __forceinline__ void walk_tile(const Sorted& sorted, const Sink& sink
                 sink(row, column, before, sum.value, length);
             }
         }
+    }
+}
+
+// The row of a run, for all threads of the block, which call it together. A barrier must come
+// before the row is read, and another behind it, before the next is located: `finish` has both.
+template <typename Sink>
+__device__ __forceinline__ typename Sink::Held locate_together(const Sink& sink, KEY key,
+                                                               long long p) {
+    if constexpr (Sink::LOCATES_ONCE) {
+        __shared__ typename Sink::Row row;
+        if (threadIdx.x == 0) row = sink.locate(key, p);
+        return row;
+    } else {
+        return sink.locate(key, p);
     }
 }
 
@@ -358,7 +463,7 @@ __device__ __forceinline__ void finish_tiles(const Sorted& sorted, const Sink& s
         const KEY key = sorted.keys[begin];
         const long long length = sorted.run_end(key, begin) - begin;
         const int num_chunks = static_cast<int>((length + TILE - 1) / TILE);
-        const typename Sink::Row row = sink.locate(key, begin);
+        const typename Sink::Held row = locate_together(sink, key, begin);
 #pragma unroll 1
         for (int first = 0; first < dim; first += WARP * VEC) {
             const int column = first + lane * VEC;
@@ -404,6 +509,26 @@ __device__ __forceinline__ void finish_tiles(const Sorted& sorted, const Sink& s
 #define SORTED \
     Sorted { keys, order, size, num_keys, pieces, num_pieces }
 
+#ifdef UNTOUCHED
+
+// As below, of rows that may be behind.
+extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, long long num_tables,
+                                            const Scalars<Acc>* scalars, const Missed* missed,
+                                            long long dim, int log_lanes, Acc* partials,
+                                            int* long_begin) {
+    walk_tile(SORTED, CatchingUp{{tables, num_tables, scalars, dim}, missed}, log_lanes,
+              static_cast<int>(dim), partials, long_begin);
+}
+
+extern "C" __global__ void __launch_bounds__(TILE, 4)
+    finish(SORTED_ARGS, const Table* tables, long long num_tables, const Scalars<Acc>* scalars,
+           const Missed* missed, long long dim, const Acc* partials, const int* long_begin) {
+    finish_tiles(SORTED, CatchingUp{{tables, num_tables, scalars, dim}, missed},
+                 static_cast<int>(dim), partials, long_begin);
+}
+
+#else
+
 // Updates the rows of short runs, sums the chunks of long ones.
 // Grid: one block of TILE threads per tile.
 extern "C" __global__ void OCCUPANCY update(SORTED_ARGS, const Table* tables, long long num_tables,
@@ -435,3 +560,5 @@ extern "C" __global__ void __launch_bounds__(TILE, 4)
     finish_tiles(SORTED, Coalescing{values, ranks, dim, scale, mean}, static_cast<int>(dim),
                  partials, long_begin);
 }
+
+#endif

@@ -16,6 +16,11 @@ import torch
 
 from ._types import MOMENT_DTYPE, Hyperparams
 
+#: What becomes of rows that no batch touches.
+UNTOUCHED = ("skip", "decay", "dense")
+#: Whose number of updates bias is corrected by.
+BIAS = ("table", "row")
+
 
 def require_number(
     name: str,
@@ -62,6 +67,20 @@ def require_int(name: str, value: Any, low: int) -> int:
     return number
 
 
+def require_bool(name: str, value: Any) -> bool:
+    """``value``, if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """``value``, if it is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def require_betas(betas: Any) -> tuple[Any, Any]:
     """A pair."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -94,13 +113,48 @@ def lr_error(name: str, lr: torch.Tensor, device: torch.device) -> RuntimeError:
 def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
     """The settings of a param group, each finite and in its range."""
     betas = require_betas(group["betas"])
-    return Hyperparams(
+    hyper = Hyperparams(
         require_lr(group["lr"]),
         require_number("beta1", betas[0], 0.0, 1.0, below_high=True),
         require_number("beta2", betas[1], 0.0, 1.0, below_high=True),
         require_number("eps", group["eps"], 0.0),
         require_number("weight_decay", group["weight_decay"], 0.0),
+        require_bool("maximize", group.get("maximize", False)),
+        require_choice("eps_mode", group.get("eps_mode", "torch"), ("torch", "tf")),
     )
+    untouched = require_choice("untouched", group.get("untouched", "skip"), UNTOUCHED)
+    per_row = require_choice("bias_correction", group.get("bias_correction", "table"), BIAS)
+    if untouched != "skip":
+        _require_can_catch_up(untouched, hyper)
+        if untouched == "dense" and per_row == "row":
+            raise ValueError(
+                "untouched='dense' does what torch.optim.AdamW does, which corrects bias by the "
+                "table's steps; use bias_correction='table', or untouched='decay'"
+            )
+    return hyper
+
+
+def _require_can_catch_up(untouched: str, hyper: Hyperparams) -> None:
+    """Raise unless what a row misses with these settings can be made up for."""
+    if isinstance(hyper.lr, torch.Tensor) and hyper.lr.device.type != "cpu":
+        raise TypeError(
+            f"with untouched={untouched!r} the host must read the lr, got one on "
+            f"{hyper.lr.device}; use a float, or a tensor on the CPU"
+        )
+    decay = float(hyper.lr) * hyper.weight_decay
+    if decay >= 1.0:
+        raise ValueError(
+            f"with untouched={untouched!r} lr * weight_decay must be below 1, got {decay:g}: a "
+            f"single step would leave nothing of a row"
+        )
+    if untouched == "dense" and hyper.eps == 0.0:
+        raise ValueError("with untouched='dense' eps must be above 0, got 0.0")
+    if untouched == "dense" and hyper.beta1**2 >= hyper.beta2:
+        raise ValueError(
+            f"with untouched='dense' beta1**2 must be below beta2, or the motion of a row that is "
+            f"not touched would not come to an end; got beta1 = {hyper.beta1}, "
+            f"beta2 = {hyper.beta2}"
+        )
 
 
 def require_table_dtype(name: str, dtype: Any) -> torch.dtype:

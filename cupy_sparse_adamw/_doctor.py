@@ -148,7 +148,7 @@ def step(
     param, exp_avg, exp_avg_sq = slots
     pending = Pending("doctor", param, size, [PendingGrad(rows, grad)])
     segments = functional.segment([pending])
-    functional.sparse_adamw_([Update(pending, exp_avg, exp_avg_sq, t, HYPER)], segments)
+    functional.prepare_sparse_adamw([Update(pending, exp_avg, exp_avg_sq, t, HYPER)], segments)()
 
 
 def torch_adamw(case: Case) -> list[torch.Tensor]:
@@ -158,7 +158,7 @@ def torch_adamw(case: Case) -> list[torch.Tensor]:
     param, exp_avg, exp_avg_sq = (values[touched] for values in result)
     weight = torch.nn.Parameter(param)
     weight.grad = torch.zeros_like(case.param).index_add(0, case.rows, case.grad)[touched]
-    lr, beta1, beta2, eps, weight_decay = HYPER
+    lr, beta1, beta2, eps, weight_decay, *_ = HYPER
     optimizer = torch.optim.AdamW([weight], lr, (beta1, beta2), eps, weight_decay)
     state = {"step": torch.tensor(case.step - 1.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     optimizer.state[weight] = state

@@ -128,8 +128,9 @@ class Slot:
                 slab.data_ptr() + block_bytes * np.arange(-(-slab.shape[0] // self._block_size))
                 for slab in self._slabs
             ]
-            self._addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
-            self._addresses_at = self._addresses.ctypes.data  # asked for at every step: it is slow
+            addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
+            self._addresses_at = addresses.ctypes.data  # asked for at every step: it is slow
+            self._addresses = addresses
         return self._addresses
 
     def addresses_at(self) -> int:
@@ -161,10 +162,15 @@ class Slot:
             slab = empty((blocks * self._block_size, self.dim), self.dtype, self.device).zero_()
         self._append(slab)
 
+    def fill(self, value: float) -> None:
+        """Set all elements, also of rows that are not in use."""
+        for slab in self._slabs:
+            slab.fill_(value)
+
     def _append(self, slab: torch.Tensor) -> None:
+        self._addresses = self._block_table = None  # first: Ctrl-C may come at any line
         self._slabs.append(slab)
         self._held += slab.shape[0]
-        self._addresses = self._block_table = None
 
 
 @dataclasses.dataclass
@@ -218,6 +224,9 @@ class Hyperparams(NamedTuple):
     """The settings of one param group in one step: Python floats; ``lr`` may be a tensor.
 
     An ``lr`` [] or [1] on a CUDA device is read there, so that a captured step follows it.
+
+    With ``eps_mode`` "torch" ε is added to √v̂; with "tf" to √v, so that it becomes
+    eps / sqrt(1 - beta2^t) beside √v̂. ``maximize`` turns the gradients' sign.
     """
 
     lr: float | torch.Tensor
@@ -225,6 +234,92 @@ class Hyperparams(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
+    maximize: bool = False
+    eps_mode: str = "torch"
+
+
+class Kind(NamedTuple):
+    """Which update a table gets: tables of one group have one kind.
+
+    ``untouched`` is what rows missed while no batch touched them: "skip" (nothing), "decay",
+    "dense" (decay and momentum, by rules, see ``Missed``) or "replay" (as "dense", step by step).
+    ``per_row``: bias is corrected by the row's own number of updates instead of the table's.
+    """
+
+    untouched: str = "skip"
+    per_row: bool = False
+
+
+#: Rows that no gradient names stay as they are.
+SKIP = Kind()
+
+#: Nodes of a rule: see ``Missed``.
+RULE_NODES = 6
+#: Entries of ``Missed`` that share a factor.
+RULE_CHUNK = 256
+#: Columns of ``Missed.rules``: see there.
+RULE_WIDTH = 16
+#: Columns of ``Missed.steps``.
+STEP_WIDTH = 6
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Missed:
+    """What the steps up to t have done to a row that missed them, by the step s of its last update.
+
+    Entry i stands for s = ``first`` + i, and factor i // RULE_CHUNK belongs to it. With r = √v_s,
+    a row that is behind (s < t) becomes, elementwise,
+
+        param      += decay * param - exp_avg * S(r)
+        exp_avg    *= beta1_power              (0 where the result would not be a normal number)
+        exp_avg_sq *= beta2_power
+
+    where, of the entry's columns (a, b1, b2, W, c, d_1..d_5, e_1..e_5, unused) and its factor
+    (f, f2), decay = a + f + a f, beta1_power = b1, beta2_power = b2 f2, and
+
+        u = r / (c + r)
+        D_5 = 1 + d_5 u,   D_k = (1 + d_k u) D_{k+1} - e_{k+1} u² D_{k+2},   D_6 = 1
+        S(r) = W (1 + f) / (c + r) * (D_1 - e_1 u D_2) / (D_1 - e_1 u² D_2)
+
+    and S = 0 where r is infinite.
+
+    S is the Gauss quadrature rule with RULE_NODES nodes of the sum over the missed steps
+    (docs/untouched.md), evaluated as a continued fraction. In mode "decay" the moments stay and
+    only ``decay`` matters.
+
+    Attributes:
+        t: the table's number of updates so far.
+        first: the least s that has an entry.
+        window: after so many missed steps momentum is nothing.
+        rules: [at least t - first + 1, RULE_WIDTH] float64, on the table's device.
+        factors: [enough, 2] float64, on the table's device.
+        steps: [at least t - first, STEP_WIDTH] float64, on the table's device: row j - first - 1 is
+            what step j did: (lr * weight_decay, lr / (1 - beta1^j), 1 / sqrt(1 - beta2^j), eps
+            beside √v̂, beta1, beta2). "replay" reads these instead of rules.
+    """
+
+    t: int
+    first: int
+    window: int
+    rules: torch.Tensor
+    factors: torch.Tensor
+    steps: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Lagging:
+    """A table whose rows may be behind.
+
+    ``last_step`` is of width 1, int32: the step s of each row's last update. ``untouched`` is
+    "decay", "dense" or "replay"; in mode "decay" the moments are neither read nor written.
+    """
+
+    param: Slot
+    exp_avg: Slot
+    exp_avg_sq: Slot
+    last_step: Slot
+    missed: Missed
+    untouched: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -245,6 +340,7 @@ class Pending:
             once notes a row out of range; None if nobody will ask.
         coalesced: the rows of the only piece are distinct and ascend, so that an engine need not
             sort. Whoever sets it vouches for it: torch's ``is_coalesced()`` does.
+        kind: which update the table gets; the optimizer says so.
     """
 
     name: str
@@ -257,6 +353,7 @@ class Pending:
     row_count: torch.Tensor | None = None
     fault: torch.Tensor | None = None
     coalesced: bool = False
+    kind: Kind = SKIP
 
     def count_rows(self) -> int:
         """R itself. Waits for the device where only it knows."""
@@ -265,9 +362,13 @@ class Pending:
 
 @dataclasses.dataclass(slots=True)
 class Update:
-    """One table's part of ``sparse_adamw_``: its gradients, its moments and this step's scalars.
+    """One table's part of ``prepare_sparse_adamw``: gradients, moments and this step's scalars.
 
     ``step`` [] int64 on the table's device is t before this update, which advances it by 1.
+
+    Unless the kind is "skip", a touched row is first brought up to t as ``missed`` says, then
+    updated, and its ``last_step`` (width 1, int32) becomes t + 1. With ``per_row`` its ``row_step``
+    (width 1, int32) rises by 1 and takes the place of t in the bias corrections and in ε's.
     """
 
     pending: Pending
@@ -275,6 +376,9 @@ class Update:
     exp_avg_sq: Slot
     step: torch.Tensor
     hyper: Hyperparams
+    last_step: Slot | None = None
+    missed: Missed | None = None
+    row_step: Slot | None = None
 
 
 class HostCopy(Protocol):
@@ -308,8 +412,8 @@ class RowReport(Protocol):
     def ready(self) -> bool:
         """Whether the answer is there. Never waits."""
 
-    def error(self) -> IndexError | None:
-        """The error of a row that was out of range, if there was one. Waits for the answer."""
+    def error(self) -> Exception | None:
+        """What is to be raised, if there is anything. Waits for the answer."""
 
 
 class DistributionKind(enum.IntEnum):

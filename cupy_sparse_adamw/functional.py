@@ -16,13 +16,13 @@ import signal
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ._types import Distribution, HostCopy, Pending, RowIndex, RowReport, Slot, Update
+from ._types import Distribution, HostCopy, Lagging, Pending, RowIndex, RowReport, Slot, Update
 
 #: Engine -> its module, absolute or relative to this package.
 _MODULES = {"reference": ".reference", "cpu": ".engines.cpu", "cuda": ".engines.cuda"}
@@ -116,7 +116,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Segments:
-    """The gradients of a step, sorted by row; made by ``segment``, used by ``sparse_adamw_``."""
+    """The gradients of a step, sorted by row: from ``segment`` to ``prepare_sparse_adamw``."""
 
     def __init__(self, groups: list[tuple[list[int], Any, Any]]) -> None:
         self.groups = groups  # [(table numbers, engine, that engine's segments)]
@@ -134,7 +134,9 @@ def segment(pending: Sequence[Pending]) -> Segments:
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, table in enumerate(pending):
         param = table.param
-        groups[param.device, param.dtype, table.pieces[0].grad.dtype, param.dim].append(number)
+        groups[param.device, param.dtype, table.pieces[0].grad.dtype, param.dim, table.kind].append(
+            number
+        )
     result = []
     for (device, *_), numbers in groups.items():
         engine = _engine(device)
@@ -142,24 +144,67 @@ def segment(pending: Sequence[Pending]) -> Segments:
     return Segments(result)
 
 
-def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> list[RowReport]:
-    """Apply one AdamW step to the rows that ``segments`` names, and advance each table's t by 1.
+def prepare_sparse_adamw(
+    updates: Sequence[Update], segments: Segments
+) -> Callable[[], list[RowReport]]:
+    """One AdamW step on the rows that ``segments`` names, all but done.
 
-    Nothing else is written.
+    Everything that may fail has been done when this returns, and nothing was written. Calling the
+    result writes weights and moments of all tables, and advances each table's t by 1.
 
     Args:
         updates: the tables, in the order in which ``segment`` got them.
         segments: their gradients.
 
     Returns:
-        What is to be asked later, of engines that skip a row out of range instead of raising.
+        A function of no arguments. It returns what is to be asked later, of engines that skip a
+        row out of range instead of raising.
     """
-    reports = []
-    for numbers, engine, group in segments.groups:
-        report = engine.sparse_adamw_([updates[n] for n in numbers], group)
-        if report is not None:
-            reports.append(report)
-    return reports
+    steps = [
+        engine.prepare_sparse_adamw([updates[n] for n in numbers], group)
+        for numbers, engine, group in segments.groups
+    ]
+
+    def apply() -> list[RowReport]:
+        reports = [step() for step in steps]
+        return [report for report in reports if report is not None]
+
+    return apply
+
+
+def gather_current(lagging: Lagging, rows: torch.Tensor) -> torch.Tensor:
+    """The weights [N, D] of the named rows [N] int64, brought up to date; nothing is written.
+
+    ``MISSING`` reads as zeros.
+    """
+    values: torch.Tensor = _engine(lagging.param.device).gather_current(lagging, rows)
+    return values
+
+
+def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
+    """Bring the named rows [N] int64 up to date: weights, moments and ``last_step``.
+
+    Rows may repeat; ``MISSING`` and rows out of range are passed over.
+    """
+    _engine(lagging.param.device).catch_up_(lagging, rows)
+
+
+def extend_rules_(
+    state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
+) -> None:
+    """Take one more missed step into entries [begin, end) of ``Missed.rules``. On the host.
+
+    Args:
+        state: [4 + 2 * RULE_NODES, n] float64: for each entry the product of 1 - lr * weight_decay,
+            of beta1, and of beta2, over the steps so far; how many nodes its rule has; diagonal and
+            off-diagonal of the rule's Jacobi matrix.
+        rules: [n, RULE_WIDTH] float64; see ``Missed.rules``.
+        begin: first entry.
+        end: one beyond the last.
+        step: [STEP_WIDTH] float64; see ``Missed.steps``.
+    """
+    host = _engine(torch.device("cpu")) if _chosen in (None, "reference") else load_engine("cpu")
+    host.extend_rules_(state, rules, begin, end, step)
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +236,12 @@ def find_or_insert_(
     embedding: Slot,
     seed: int,
     distribution: Distribution,
+    last_step: Slot | None = None,
+    now: int = 0,
 ) -> torch.Tensor:
     """Find each id [N] int64; one that is absent gets a row, its id noted and its values drawn.
+
+    A new row's ``last_step`` (width 1, int32) becomes ``now``, if there is such a slot.
 
     The caller holds entries and memory for all that are absent. Which row a new id gets is the
     engine's choice: a free one if there is one, else a fresh one. Rows are counted last. If
@@ -202,7 +251,7 @@ def find_or_insert_(
         rows [N] int64.
     """
     rows: torch.Tensor = _engine(index.entries.device).find_or_insert_(
-        index, ids, ids_by_row, embedding, seed, distribution
+        index, ids, ids_by_row, embedding, seed, distribution, last_step, now
     )
     return rows
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import _checks, functional
+from ._locks import locked
 from ._types import MISSING, Slot
 from .children import ChildrenInfo
 from .hooks import (
@@ -24,27 +23,13 @@ from .hooks import (
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrads
 from .policies import ReadOnlyHookImpl
-from .row_store import EMBEDDING, EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore, SlotGroup
+from .row_store import EMBEDDING, OPTIMIZER_SLOTS, FoundRows, RowStore, SlotGroup
 from .row_table import RowTable
 from .slices import Slice, gen_slice
+from .tables import bring_up_to_date, rows_are_apart
 
 #: Saved beside the slots of hooks, whose names must differ.
 SAVED = ("ids", EMBEDDING, "seed", "fan")
-
-_rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
-
-
-@contextlib.contextmanager
-def rows_apart() -> Iterator[None]:
-    """Within the block, HashTables neither save nor load rows: a checkpoint has them elsewhere.
-
-    What remains is the seed, the fan and the buffers of hooks.
-    """
-    token = _rows_apart.set(True)
-    try:
-        yield
-    finally:
-        _rows_apart.reset(token)
 
 
 class _Lookup(torch.autograd.Function):
@@ -57,7 +42,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, anchor: torch.Tensor, rows: torch.Tensor, table: HashTable) -> Any:
         ctx.save_for_backward(rows)  # so that a second backward is refused, as for any other node
         ctx.table, ctx.found = table, table._store.follow(FoundRows(rows))
-        return functional.gather(table._store.embedding, rows)
+        return table.read(rows)
 
     @staticmethod
     @once_differentiable
@@ -77,6 +62,9 @@ class HashTable(torch.nn.Module, RowTable):
     A HashTable is no ``Parameter``: ``model.parameters()`` does not list it, and
     ``model.requires_grad_`` and ``model.zero_grad`` of a module that contains it do not reach it.
     Freeze it with ``table.requires_grad_(False)``; the optimizer clears its gradients.
+
+    Threads that share a table take turns, call by call; ``with table.lock:`` makes several calls
+    one (docs/reliability.md).
 
     Args:
         embedding_shape: shape of one embedding, [D] in general; an int d means [d].
@@ -183,6 +171,7 @@ class HashTable(torch.nn.Module, RowTable):
         return True  # an empty table is a table
 
     @property
+    @locked
     def nbytes(self) -> int:
         """Bytes of memory held for rows, moments and the index, used or not."""
         return self._store.nbytes()
@@ -198,22 +187,24 @@ class HashTable(torch.nn.Module, RowTable):
         """What new rows are drawn from."""
         return self._initializer
 
+    @locked
     def ids(self) -> torch.Tensor:
         """The ids that have a row, [n] int64, in the order of their rows."""
         return self._store.ids()
 
+    @locked
     def ids_map(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [n] int64, their rows [n] int64)."""
         rows = self._store.rows()
         return self._store.ids_of(rows), rows
 
+    @locked
     def embeddings(self) -> torch.Tensor:
         """A copy of the embeddings by row number, [rows, *embedding_shape]; zeros in free rows."""
         rows = torch.full((self._store.num_numbered,), MISSING, device=self.device)
         in_use = self._store.rows()
         rows[in_use] = in_use
-        values = functional.gather(self._store.embedding, rows)
-        return values.view(-1, *self.embedding_shape)
+        return self.read(rows).view(-1, *self.embedding_shape)
 
     def slot_group(self) -> SlotGroup:
         """The embedding and what else there is for each row: moments, and slots of hooks."""
@@ -251,16 +242,18 @@ class HashTable(torch.nn.Module, RowTable):
             TypeError: ids are no integers, or admit_hook is no AdmitHook.
             ValueError: nobody registered the hook's name, or the table has it with other params.
             RuntimeError: rows may appear while a CUDA graph is being captured, or a filter with
-                ``max_rows`` may let none go.
+                ``max_rows`` may let none go; or new ids would get their rows in a DataLoader's
+                worker, where they are lost.
         """
         flat = self._flat(_checks.require_ids(ids))
-        admit_hook = self._admit_hook if admit_hook is None else admit_hook
-        policy = None if admit_hook is None else self._policy_of(admit_hook)
-        rows = self._admitted(flat, policy) if self.training else self._store.find(flat)
-        if self._trainable and torch.is_grad_enabled():
-            values = _Lookup.apply(self._anchor, rows, self)  # type: ignore[no-untyped-call]
-        else:
-            values = functional.gather(self._store.embedding, rows)
+        with self._store.lock:
+            admit_hook = self._admit_hook if admit_hook is None else admit_hook
+            policy = None if admit_hook is None else self._policy_of(admit_hook)
+            rows = self._admitted(flat, policy) if self.training else self._store.find(flat)
+            if self._trainable and torch.is_grad_enabled():
+                values = _Lookup.apply(self._anchor, rows, self)  # type: ignore[no-untyped-call]
+            else:
+                values = self.read(rows)
         return values.view(*ids.shape, *self.embedding_shape)  # type: ignore[no-any-return]
 
     def _policy_of(self, hook: AdmitHook) -> BaseAdmitHookImpl:
@@ -281,24 +274,33 @@ class HashTable(torch.nn.Module, RowTable):
     def _admitted(self, ids: torch.Tensor, admit: BaseAdmitHookImpl | None = None) -> torch.Tensor:
         """Rows [N] of ids [N], new ones among them; ``MISSING`` of those not admitted."""
         store, filters = self._store, self._filter_hook_impl
-        if isinstance(admit, ReadOnlyHookImpl):
-            rows = store.find(ids)
-        elif admit is None and (filters is None or not filters.makes_room()):
-            rows = store.find_or_insert(ids)
-        else:
-            rows = self._selected(ids, admit)
-        if filters is not None:
-            filters(rows)
+        if filters is None and isinstance(admit, ReadOnlyHookImpl):
+            return store.find(ids)
+        if filters is None and admit is None:
+            return store.find_or_insert(ids)
+        with functional.uninterrupted(), store.all_or_nothing() as undo:
+            rows = self._selected(ids, admit, undo)
+            if filters is not None:
+                filters(rows)
         return rows
 
-    def _selected(self, ids: torch.Tensor, admit: BaseAdmitHookImpl | None) -> torch.Tensor:
-        """``_admitted`` where hooks must see the new ids first. Waits for the device."""
+    def _selected(
+        self, ids: torch.Tensor, admit: BaseAdmitHookImpl | None, undo: list[Callable[[], None]]
+    ) -> torch.Tensor:
+        """``_admitted`` with hooks, but for noting which rows are used."""
         store, filters = self._store, self._filter_hook_impl
+        if isinstance(admit, ReadOnlyHookImpl):
+            return store.find(ids)
+        if admit is None and (filters is None or not filters.makes_room()):
+            return store.find_or_insert(ids)
+        # Hooks must see the new ids first: this waits for the device.
         store.require_no_capture()
         rows = store.find(ids)
         new, counts = ids[rows == MISSING].unique(return_counts=True)
         if new.numel() and admit is not None:
-            new = new[require_mask(admit, admit.admit(new, counts), new.numel())]
+            mask = admit.admit(new, counts)
+            undo.append(admit.take_back)
+            new = new[require_mask(admit, mask, new.numel())]
         if not new.numel():
             return rows
         if filters is not None:
@@ -308,6 +310,7 @@ class HashTable(torch.nn.Module, RowTable):
 
     # ------------------------------------------------------------------ memory
 
+    @locked
     def reserve(self, n: int) -> None:
         """Hold memory for at least ``n`` rows in all, so that growing up to there takes no more.
 
@@ -324,6 +327,7 @@ class HashTable(torch.nn.Module, RowTable):
         self._trainable = requires_grad
         return self
 
+    @locked
     def accept_grad(self, rows: torch.Tensor, grad: torch.Tensor) -> None:
         """Add gradients of rows, as backward does.
 
@@ -347,12 +351,14 @@ class HashTable(torch.nn.Module, RowTable):
         self._accept(FoundRows(rows), grad)
 
     def _accept(self, found: FoundRows, grad: torch.Tensor) -> None:
-        self._store.follow(found)
-        grad = self._require_grad(self._label, "grad", grad, found.rows).detach().resolve_neg()
-        if self.copy_grads or grad.is_inference():  # inference tensors count no versions
-            with torch.inference_mode(False):
-                grad = grad.clone(memory_format=torch.contiguous_format)
-        self._grads.append(found, grad)
+        with self._store.lock:  # backward may run in another thread
+            self._store.follow(found)
+            grad = self._require_grad(self._label, "grad", grad, found.rows)
+            grad = grad.detach().resolve_neg()
+            if self.copy_grads or grad.is_inference():  # inference tensors count no versions
+                with torch.inference_mode(False):
+                    grad = grad.clone(memory_format=torch.contiguous_format)
+            self._grads.append(found, grad)
 
     def clear_grad(self) -> None:
         """Drop the gradients."""
@@ -362,6 +368,7 @@ class HashTable(torch.nn.Module, RowTable):
         """Drop the gradients, as ``clear_grad``."""
         self.clear_pending()
 
+    @locked
     def pending_rows(self) -> torch.Tensor:
         """Rows [n] int64 that a gradient waits for, or may come for; some repeat.
 
@@ -371,6 +378,7 @@ class HashTable(torch.nn.Module, RowTable):
         rows = self._store.pinned_rows()
         return rows[rows != MISSING]
 
+    @locked
     def grad(self, acc_step: int = 1) -> torch.Tensor:
         """The gradients reduced by row and divided by ``acc_step``.
 
@@ -400,6 +408,7 @@ class HashTable(torch.nn.Module, RowTable):
 
     # ------------------------------------------------------------------ contents
 
+    @locked
     def insert(self, ids: torch.Tensor, embeddings: torch.Tensor) -> None:
         """Set the embeddings of ids, with or without a row so far. Moments stay as they are.
 
@@ -409,18 +418,46 @@ class HashTable(torch.nn.Module, RowTable):
 
         Raises:
             TypeError, ValueError: dtype, shape or device do not fit.
-            RuntimeError: a filter with ``max_rows`` may let none go.
+            RuntimeError: a filter with ``max_rows`` may let none go, or this is a DataLoader's
+                worker, where what is set is lost.
         """
         flat = self._flat(_checks.require_ids(ids))
         values = _checks.require_rows_of(
             self._label, "embeddings", embeddings, flat.numel(), self.embedding_shape, self.device
         ).detach()
         _checks.require_dtype(self._label, "embeddings", values, (self.dtype,))
+        store = self._store
+        if store.is_copy_in_worker():
+            raise RuntimeError(
+                f"table {self._label!r}: a DataLoader's worker has a copy of the table, in which "
+                f"what is inserted is lost; insert in the process that trains"
+            )
         values = values.contiguous()  # takes its memory while no row has appeared yet
-        rows = self._admitted(flat)
-        self.note_change(rows)
-        functional.scatter_(self._store.embedding, rows, values)
+        with functional.uninterrupted(), store.all_or_nothing() as undo:
+            rows = self._selected(flat, None, undo)
+            self.note_change(rows)
+            if (lagging := self.lagging()) is not None:  # else old motion would be added later
+                functional.catch_up_(lagging, rows)
+            if self._filter_hook_impl is not None:
+                undo.append(self._uses_of(rows))
+                self._filter_hook_impl(rows)
+            functional.scatter_(store.embedding, rows, values)
 
+    def _uses_of(self, rows: torch.Tensor) -> Callable[[], None]:
+        """What puts back what a filter knows now, of rows [N] and of all."""
+        assert self._filter_hook_impl is not None
+        slots = [(slot, functional.gather(slot, rows)) for slot in self._hook_slots()]
+        buffers = [(buffer, buffer.clone()) for buffer in self._filter_hook_impl.buffers()]
+
+        def put_back() -> None:
+            for slot, values in slots:
+                functional.scatter_(slot, rows, values)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+        return put_back
+
+    @locked
     def delete(self, ids: torch.Tensor, index: Any = None, preserve_slot: Any = None) -> None:
         """Remove ids, their moments with them; those that the table does not hold are passed over.
 
@@ -438,12 +475,14 @@ class HashTable(torch.nn.Module, RowTable):
         """
         self._store.delete(self._flat(_checks.require_ids(ids)))
 
+    @locked
     def clear(self) -> None:
         """Remove every row, its moments with it, and give their memory back."""
         self._store.clear()
 
     # ------------------------------------------------------------------ slots of hooks
 
+    @locked
     def append_filter_slot(self, name: str, dtype: torch.dtype, slot_dim: int = 1) -> None:
         """Keep ``slot_dim`` values of each row under a name, zero for new ids. They are saved.
 
@@ -451,7 +490,7 @@ class HashTable(torch.nn.Module, RowTable):
             TypeError, ValueError: slot_dim is no int of at least 1, or the name is taken.
         """
         _checks.require_int("slot_dim", slot_dim, 1)
-        taken = dict.fromkeys((*SAVED, EXP_AVG, EXP_AVG_SQ, *self._store.slots))
+        taken = dict.fromkeys((*SAVED, *OPTIMIZER_SLOTS.values(), *self._store.slots))
         if name in taken or "." in name:
             raise ValueError(
                 f"table {self._label!r}: a slot's name must have no dot and be none of "
@@ -459,11 +498,13 @@ class HashTable(torch.nn.Module, RowTable):
             )
         self._store.add_slot(name, slot_dim, dtype)
 
+    @locked
     def append_step_filter_slot(self, name: str, init_step: torch.Tensor) -> None:
         """``append_filter_slot`` of one int64, with a first value [1] for rows that are there."""
         self.append_filter_slot(name, torch.int64, 1)
         self.update_slot(name, self._store.rows(), init_step)
 
+    @locked
     def update_slot(self, name: str, index: torch.Tensor, value: torch.Tensor) -> None:
         """Set a slot's values of rows.
 
@@ -515,17 +556,19 @@ class HashTable(torch.nn.Module, RowTable):
         return self.slot_group().slot_by_name(name)
 
     def _hook_slots(self) -> list[Slot]:
-        own = (EMBEDDING, EXP_AVG, EXP_AVG_SQ)
+        own = (EMBEDDING, *OPTIMIZER_SLOTS.values())
         return [slot for name, slot in self._store.slots.items() if name not in own]
 
     # ------------------------------------------------------------------ saving and loading
 
+    @locked
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         store = self._store
-        if not _rows_apart.get():
+        if not rows_are_apart():
+            bring_up_to_date(self)
             rows = store.rows()
             destination[prefix + "ids"] = store.ids_of(rows)
             for slot in (store.embedding, *self._hook_slots()):
@@ -533,6 +576,7 @@ class HashTable(torch.nn.Module, RowTable):
         destination[prefix + "seed"] = torch.tensor(store.seed, device="cpu")
         destination[prefix + "fan"] = torch.tensor(self._fan, device="cpu")
 
+    @locked
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -543,7 +587,7 @@ class HashTable(torch.nn.Module, RowTable):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        apart = _rows_apart.get()
+        apart = rows_are_apart()
         slots = {slot.name(): slot for slot in (self._store.embedding, *self._hook_slots())}
         keys = ("seed", "fan") if apart else dict.fromkeys((*SAVED, *slots))
         saved = {key: state_dict.get(prefix + key) for key in keys}
@@ -567,9 +611,12 @@ class HashTable(torch.nn.Module, RowTable):
             error_msgs.append(str(error))
             return
         if ids is not None:
-            accepted = self.accepts(ids)
-            self._store.load(ids[accepted], {name: x[accepted] for name, x in values.items()})
-        self._store.seed, self._store.distribution, self._fan = seed, distribution, fan
+            bring_up_to_date(self)  # moments stay with their ids
+        with functional.uninterrupted():
+            if ids is not None:
+                accepted = self.accepts(ids)
+                self._store.load(ids[accepted], {name: x[accepted] for name, x in values.items()})
+            self._store.seed, self._store.distribution, self._fan = seed, distribution, fan
         if ids is not None and self._filter_hook_impl is not None and len(values) < len(slots):
             self._filter_hook_impl(self._store.rows())  # or all would be older than any
 
@@ -603,6 +650,7 @@ class HashTable(torch.nn.Module, RowTable):
             raise TypeError(f"{key} must be {slot.dtype}, got {values.dtype}")
         return values.detach().to(slot.dtype)
 
+    @locked
     def _apply(self, fn: Any, recurse: bool = True) -> HashTable:
         """Move or convert, as ``model.to`` does: moments stay float32 (float64 with float64)."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -617,8 +665,10 @@ class HashTable(torch.nn.Module, RowTable):
         require_fits(self._store.distribution, dtype)
         if dtype == self.dtype and device == self.device:
             return self
-        self._store.move(device, dtype)
-        self._grads.follow_move(fn, device)
+        moved = self._grads.moved(fn, device)
+        with functional.uninterrupted():
+            self._store.move(device, dtype)
+            self._grads.replace(moved)
         return self
 
 

@@ -108,6 +108,9 @@ class BaseAdmitHookImpl(torch.nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define admit()")
 
+    def take_back(self) -> None:
+        """The lookup that ``admit`` was last asked for has failed: forget what it counted."""
+
 
 class BaseFilterHookImpl(torch.nn.Module):
     """A policy that lets rows go. Subclass it, and register the class with ``regist_filter``.

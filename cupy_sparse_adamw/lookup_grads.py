@@ -110,10 +110,10 @@ class LookupGrads:
             result.append((self._store.ids_of(rows[kept]), grad[kept]))
         return result
 
-    def follow_move(
+    def moved(
         self, convert: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-    ) -> None:
-        """Move or convert gradients as the store was."""
+    ) -> list[LookupGrad]:
+        """The gradients moved or converted, as the store is about to be."""
         moved = []
         for left in self._grads:
             left.join()
@@ -122,4 +122,4 @@ class LookupGrads:
             new = LookupGrad(self._store.follow(found), convert(left.grad))
             new.version -= left.grad._version - left.version  # changed stays changed
             moved.append(new)
-        self._grads = moved
+        return moved

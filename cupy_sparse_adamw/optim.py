@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from . import functional
 from ._checks import lr_error, require_betas, require_hyperparams, require_int, row_error
-from ._types import Hyperparams, Pending, RowReport, Update
-from .tables import Table, as_table, claim, num_claims, require_owned
+from ._locks import Held
+from ._types import Hyperparams, Kind, Pending, RowReport, Update
+from .missed_steps import MissedSteps
+from .optimizer_state import build_state, export_state, require_no_amsgrad
+from .tables import Table, as_table, bring_up_to_date, claim, num_claims, require_owned
+from .untouched import (
+    make_room,
+    prepare_to_count,
+    require_keeps,
+    restart,
+    take_over,
+)
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -61,15 +70,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "a param group must be a dict whose 'params' is a dict of name -> table; use "
                 "filter_out_sparse_param(model)"
             )
-        _require_no_amsgrad(param_group.get("amsgrad", False))
+        require_no_amsgrad(param_group.get("amsgrad", False))
         group = {**self.defaults, **param_group}
         beta1, beta2 = require_betas(group["betas"])
         group["betas"] = (group.pop("beta1", beta1), group.pop("beta2", beta2))
         require_hyperparams(group)
-        tables = self._require_new_tables(param_group["params"])
+        tables = self._require_new_tables(param_group["params"], group)
         group["params"] = [table.key for table in tables.values()]
         self.param_groups.append(group)
-        self._adopt(tables)
+        self._adopt(tables, group)
 
     def add_params(self, params: Mapping[str, Any]) -> None:
         """Add tables to the first param group.
@@ -86,12 +95,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         if not self.param_groups:  # removed by hand
             self.add_param_group({"params": params})
             return
-        tables = self._require_new_tables(params)
+        tables = self._require_new_tables(params, self.param_groups[0])
         self.param_groups[0]["params"] += [table.key for table in tables.values()]
-        self._adopt(tables)
+        self._adopt(tables, self.param_groups[0])
 
-    def _require_new_tables(self, params: Mapping[str, Any]) -> dict[str, Table]:
-        """The tables of a dict, none of which is known yet by name or identity."""
+    def _require_new_tables(
+        self, params: Mapping[str, Any], group: dict[str, Any]
+    ) -> dict[str, Table]:
+        """The tables of a dict for a group, none of which is known yet by name or identity."""
         self._listed = None
         held = {id(key) for group in self.param_groups for key in group["params"]}
         for name, table in list(self._tables.items()):
@@ -111,12 +122,13 @@ class SparseOptimizer(torch.optim.Optimizer):
                     f"once per step, so give it once"
                 )
             names[id(table.key)] = name
+            require_keeps(name, table, group)
             tables[name] = table
         return tables
 
-    def _adopt(self, tables: dict[str, Table]) -> None:
+    def _adopt(self, tables: dict[str, Table], group: dict[str, Any]) -> None:
         for table in tables.values():
-            table.drop_moments()
+            take_over(table, group.get("untouched", "skip"))
             claim(table, self)
         self._tables.update(tables)
 
@@ -167,13 +179,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self._grad_accum_steps = require_int("steps", steps, 1)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every table that has a gradient, or count a micro-batch.
 
         Everything is checked before anything is written: after one of the exceptions below,
         weights, moments and counters of all tables are what they were. Ctrl-C during the update is
-        held back until it is done. (docs/reliability.md says what running out of memory may leave.)
+        held back until it is done.
 
         On a GPU nothing is read back in a step, so a row out of range is skipped, and the first
         ``step()`` that finds this reported raises the IndexError, as does ``state_dict()``.
@@ -198,12 +209,28 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(last=self._accumulated + 1 >= self._grad_accum_steps)
+        self._update_alone()
         return loss
 
     @torch.compiler.disable  # the update is no tensor program
+    def _update_alone(self) -> None:
+        with self._locked():
+            is_enabled = torch.is_grad_enabled()
+            try:
+                # torch.no_grad is several calls: Ctrl-C within would leave gradients disabled.
+                torch._C._set_grad_enabled(False)
+                self._update(last=self._accumulated + 1 >= self._grad_accum_steps)
+            finally:
+                torch._C._set_grad_enabled(is_enabled)
+
+    def _locked(self) -> Held:
+        """Within ``with self._locked()`` no other thread reads or changes the tables' rows."""
+        owners = (table.lock_owner for table in self._tables.values())
+        return Held(owner for owner in owners if owner is not None)
+
     def _update(self, last: bool) -> None:
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
+        make_room(self._tables.values())
         tables, grads, hypers = [], [], []
         for group, name, table in self._named_tables():
             pending = table.pending(name)
@@ -211,6 +238,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 tables.append(table)
                 grads.append(pending)
                 hypers.append(settings[id(group)])
+                pending.kind = self._kind(name, table, group)
         if any(
             functional.is_capturing(device)
             for device in {pending.param.device for pending in grads}
@@ -231,20 +259,75 @@ class SparseOptimizer(torch.optim.Optimizer):
                 self._put_on_device(state, pending.param.device)
             pending.fault = state["row_fault"]
             states.append(state)
+        self._begin_to_miss(tables, states)
         segments = functional.segment(grads)
+        reports = [
+            report
+            for table, pending in zip(tables, grads, strict=True)
+            if (report := table.require_read_current(pending)) is not None
+        ]
         updates = [
-            Update(pending, *table.moments(pending, state), state["step"], hyper)
+            self._update_of(table, pending, state, hyper)
             for table, pending, state, hyper in zip(tables, grads, states, hypers, strict=True)
         ]
+        apply = self._prepare_updates(updates, segments)
+        count = prepare_to_count(list(zip(tables, hypers, strict=True)), self._tables.values())
         with functional.uninterrupted():
-            self._reports += self._apply_updates(updates, segments)
+            self._reports += apply()
+            count()
+            self._reports += reports
             self._accumulated = 0
 
-    def _apply_updates(
+    def _prepare_updates(
         self, updates: list[Update], segments: functional.Segments
-    ) -> list[RowReport]:
-        """The update rule: writes weights and moments of the rows in ``segments``."""
+    ) -> Callable[[], list[RowReport]]:
+        """The update rule: the result writes weights and moments of the rows in ``segments``.
+
+        Whatever may fail happens before, so that all tables are updated or none.
+        """
         raise NotImplementedError
+
+    @staticmethod
+    def _kind(name: str, table: Table, group: dict[str, Any]) -> Kind:
+        """Which update a table gets.
+
+        Raises:
+            ValueError: "untouched" of its group was changed.
+        """
+        untouched = group.get("untouched", "skip")
+        if untouched != table.untouched:
+            raise ValueError(
+                f"table {name!r}: untouched was changed from {table.untouched!r} to "
+                f"{untouched!r} in param_groups; it is chosen when the table is given to the "
+                f"optimizer"
+            )
+        if table.missed is not None:
+            untouched = table.missed.kind(table.dtype)
+        elif untouched == "dense" and table.dtype is torch.float64:
+            untouched = "replay"
+        return Kind(untouched, group.get("bias_correction", "table") == "row")
+
+    @staticmethod
+    def _update_of(
+        table: Table, pending: Pending, state: dict[str, Any], hyper: Hyperparams
+    ) -> Update:
+        update = Update(pending, *table.moments(pending, state), state["step"], hyper)
+        if table.missed is not None:
+            update.last_step = table.last_step(state)
+            update.missed = table.missed.on(pending.param.device)
+        if pending.kind.per_row:
+            update.row_step = table.row_step(state)
+        return update
+
+    @staticmethod
+    def _begin_to_miss(tables: list[Table], states: list[dict[str, Any]]) -> None:
+        """Have a log for tables whose rows may fall behind from this step on; shared if alike."""
+        logs: dict[tuple[str, int], MissedSteps] = {}
+        for table, state in zip(tables, states, strict=True):
+            if table.untouched != "skip" and table.missed is None:
+                dense, t = table.untouched == "dense", int(state["step"])
+                log = logs.setdefault((table.untouched, t), MissedSteps(dense, t))
+                table.begin_to_miss(state, log)
 
     @staticmethod
     def _put_on_device(state: dict[str, Any], device: torch.device, t: int = 0) -> None:
@@ -272,6 +355,13 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"a CUDA graph: replays count no micro-batches; use set_grad_accum_steps(1), and "
                 f"capture every backward before the one step()"
             )
+        for table, pending in zip(tables, grads, strict=True):
+            if table.untouched != "skip":
+                raise RuntimeError(
+                    f"table {pending.name!r}: a step with untouched={table.untouched!r} cannot be "
+                    f"captured into a CUDA graph: the host keeps count of what rows miss; use "
+                    f"untouched='skip', or do not capture the step"
+                )
         for table, pending, hyper in zip(tables, grads, hypers, strict=True):
             table.saved_rows, table.is_in_graph = None, True
             step = self.state.get(table.key, {}).get("step")
@@ -318,9 +408,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, unless micro-batches are being accumulated."""
-        if self._accumulated == 0:
-            for table in self._tables.values():
-                table.clear_pending(set_to_none)
+        with self._locked():
+            if self._accumulated == 0:
+                for table in self._tables.values():
+                    table.clear_pending(set_to_none)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -334,6 +425,56 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "optimizer.step() on unscaled gradients"
             )
         return False
+
+    # ------------------------------------------------------------------ untouched rows
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def flush(self, names: Iterable[str] | None = None) -> None:
+        """Bring every row up to date in memory, so that weights can be read past the lookups.
+
+        With ``untouched="skip"`` there is nothing to do.
+
+        Args:
+            names: of tables; None means all.
+
+        Raises:
+            KeyError: the optimizer has no table of such a name.
+        """
+        tables = [self._table_named(name) for name in (self._tables if names is None else names)]
+        with self._locked():
+            for table in tables:
+                bring_up_to_date(table)
+            if names is None:
+                restart(tables)
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def caught_up(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings that ids have now, whether their rows are behind or not. Writes nothing.
+
+        Args:
+            name: of the table.
+            ids: of a HashTable, or row numbers of an Embedding; int64 or int32 of any shape. An
+                id that a HashTable does not hold reads as zeros.
+
+        Returns:
+            A tensor of shape ``ids.shape`` + the shape of an embedding.
+
+        Raises:
+            KeyError: the optimizer has no table of that name.
+            TypeError: ids are no integers.
+            IndexError: an Embedding has no such row (on the CPU).
+        """
+        table = self._table_named(name)
+        with self._locked():
+            return table.caught_up(ids)
+
+    def _table_named(self, name: str) -> Table:
+        if name not in self._tables:
+            known = ", ".join(map(repr, self._tables))
+            raise KeyError(f"the optimizer has no table {name!r}; it has {known}")
+        return self._tables[name]
 
     # ------------------------------------------------------------------ state
 
@@ -352,37 +493,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             IndexError: an earlier update on a GPU got a gradient of a row out of range. It is
                 raised once.
         """
-        return self._export_state()
-
-    def _export_state(self, *, moments: bool = True) -> dict[str, Any]:
-        """``state_dict``, or all of it but moments: a checkpoint has them beside the rows."""
-        self._raise_faults()
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        states: dict[str, Any] = {}
-        grads: dict[str, Any] = {}
-        for _, name, table in self._named_tables():
-            state = self.state.get(table.key, {})
-            if step := int(state.get("step", 0)):
-                states[name] = {"step": step, **(table.export_moments(state) if moments else {})}
-            if self._accumulated:
-                grads[name] = table.export_pending(name)
-        result = {
-            "state": states,
-            "param_groups": [
-                {**group, "params": names}
-                for group, names in zip(self.param_groups, self._names_by_group(), strict=True)
-            ],
-            "accumulation": {
-                "grad_accum_steps": self._grad_accum_steps,
-                "accumulated": self._accumulated,
-                "grads": grads,
-            },
-        }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, result)
-            result = result if replaced is None else replaced
-        return result
+        with self._locked():
+            return export_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned. Load the model's own state first.
@@ -390,104 +502,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: something does not fit; then nothing has been changed.
         """
-        self._build_state(state_dict)()
-
-    def _build_state(
-        self, state_dict: Mapping[str, Any], built: Mapping[str, Any] | None = None
-    ) -> Callable[[], None]:
-        """What ``load_state_dict`` checks and builds; calling the result puts it in place.
-
-        Args:
-            state_dict: see ``state_dict``.
-            built: the moments of each table in it, as ``build_moments`` makes them, where a
-                checkpoint has them beside the rows.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        groups = self._require_groups(state_dict)
-        accumulation = _require_dict("accumulation", state_dict.get("accumulation", {}))
-        steps = require_int("grad_accum_steps", accumulation.get("grad_accum_steps", 1), 1)
-        accumulated = require_int("accumulated", accumulation.get("accumulated", 0), 0)
-        saved_states = _require_dict("state", state_dict["state"])
-        saved_grads = _require_dict("grads", accumulation.get("grads", {}))
-        for name in (*saved_states, *saved_grads):
-            if name not in self._tables:
-                raise ValueError(
-                    f"the saved state has a table {name!r} that this optimizer has not"
-                )
-        states: dict[str, dict[str, Any]] = {}
-        moments, grads = {}, {}
-        for name, table in self._tables.items():
-            if name in saved_states:
-                count = _require_step(name, saved_states[name])
-                self._put_on_device(states.setdefault(name, {}), table.device, count)
-                moments[name] = (
-                    table.build_moments(name, saved_states[name]) if built is None else built[name]
-                )
-            if accumulated:
-                grads[name] = table.build_pending(name, saved_grads.get(name, []))
-
-        def install() -> None:
-            had_pending = self._accumulated > 0
-            self.param_groups[:] = groups
-            self._grad_accum_steps, self._accumulated = steps, accumulated
-            self.state.clear()
-            self._reports.clear()
-            for name, table in self._tables.items():
-                state = states.get(name, {})
-                if state:
-                    self.state[table.key] = state
-                table.install_moments(state, moments.get(name))
-                if accumulated:
-                    table.install_pending(grads[name])
-                elif had_pending:  # its micro-batches belong to the state that is replaced
-                    table.clear_pending()
-            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-                post_hook(self)
-
-        return install
-
-    def _require_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The param groups with saved settings; they must hold the same tables as saved."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"the saved state has no {key!r}; is it SparseAdamW's state_dict?")
-        saved_groups = state_dict["param_groups"]
-        names_here = self._names_by_group()
-        if not all(isinstance(group, Mapping) and "params" in group for group in saved_groups):
-            raise ValueError("every saved param group must be a dict with the names in 'params'")
-        names_saved = [list(group["params"]) for group in saved_groups]
-        here, saved = (
-            {name for names in groups for name in names} for groups in (names_here, names_saved)
-        )
-        if saved - here:
-            raise ValueError(
-                f"the saved state has tables that this optimizer has not: {sorted(saved - here)}"
-            )
-        if here - saved:
-            raise ValueError(
-                f"the saved state lacks tables that this optimizer has: {sorted(here - saved)}"
-            )
-        if [sorted(names) for names in names_here] != [sorted(names) for names in names_saved]:
-            raise ValueError(
-                f"the saved param groups hold {names_saved}, this optimizer's {names_here}; make "
-                f"the same groups before loading"
-            )
-        groups = []
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            merged = {**copy.deepcopy(saved_group), "params": group["params"]}
-            for key in ("lr", "betas", "eps", "weight_decay"):
-                if key not in merged:
-                    raise ValueError(f"a saved param group has no {key!r}")
-            require_hyperparams(merged)
-            _require_no_amsgrad(merged.get("amsgrad", False))
-            merged["betas"] = tuple(merged["betas"])
-            groups.append(merged)
-        return groups
+        with self._locked():
+            install = build_state(self, state_dict)
+            for table in self._tables.values():
+                bring_up_to_date(table)  # weights stay as they are now
+            with functional.uninterrupted():
+                install()
 
     def __getstate__(self) -> dict[str, Any]:
         for name, table in self._tables.items():
@@ -514,32 +534,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             claim(table, self)  # the copies' owner is the copy
 
 
-def _require_dict(key: str, saved: Any) -> Mapping[str, Any]:
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"the saved {key!r} must be a dict, got {type(saved).__name__}")
-    return saved
-
-
-def _require_no_amsgrad(amsgrad: Any) -> None:
-    if amsgrad:
-        raise ValueError("amsgrad must be False: SparseAdamW has no amsgrad variant")
-
-
-def _require_step(name: str, saved: Any) -> int:
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"table {name!r}: its saved state must be a dict, got {saved!r}")
-    step = saved.get("step")
-    if isinstance(step, torch.Tensor) and step.numel() == 1 and step == step.floor():
-        step = int(step)
-    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-        raise ValueError(
-            f"table {name!r}: the saved step must be an int of at least 1, got {step!r}"
-        )
-    return step
-
-
 class SparseAdamW(SparseOptimizer):
-    r"""AdamW for tables of which a batch touches few rows. Other rows stay bit for bit.
+    r"""AdamW for tables of which a batch touches few rows.
 
     For every row r with gradients, g their sum in this step, t the number of the table's updates,
     elementwise (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2,
@@ -549,6 +545,8 @@ class SparseAdamW(SparseOptimizer):
         exp_avg_sq += (1 - beta2) * (g * g - exp_avg_sq)
         denom       = sqrt(exp_avg_sq / (1 - beta2**t)) + eps
         param      -= lr * (exp_avg / (1 - beta1**t) / denom + weight_decay * param)
+
+    Other rows stay bit for bit, or are brought up to date when they are read: see ``untouched``.
 
     A table without a gradient in a step is skipped and its t stays; a gradient without entries
     advances t. Tables are float32, float64, float16 or bfloat16; moments are float32 (float64 for
@@ -564,11 +562,24 @@ class SparseAdamW(SparseOptimizer):
         eps: added to the denominator, at least 0.
         weight_decay: decoupled weight decay, at least 0.
         amsgrad: must be False; there for RecIS's signature.
+        untouched: what a row gets for steps in which no batch touched it, by the time that it is
+            read: "skip" (nothing), "decay" (the weight decay), or "dense" (all that
+            torch.optim.AdamW does with a zero gradient). docs/untouched.md has the formulas. In
+            the latter two, Embeddings are given as modules, and weights in memory may be behind
+            until ``flush``.
+        eps_mode: "torch" adds ε to √(exp_avg_sq / (1 - beta2^t)); "tf" to √exp_avg_sq, as
+            torch.optim.SparseAdam, TensorFlow and RecIS's C++ do.
+        bias_correction: "table" corrects bias by the table's t; "row" by the number of the row's
+            own updates, as FBGEMM's ``use_rowwise_bias_correction``.
+        maximize: go along the gradient instead of against it.
 
     Raises:
-        ValueError: a setting is out of range, NaN or infinite, ``amsgrad`` is True, or two names
-            stand for one table.
-        TypeError: a value of ``param_dict`` is no table; the text names its key.
+        ValueError: a setting is out of range, NaN or infinite, ``amsgrad`` is True, two names
+            stand for one table, or settings do not go together: with "decay" and "dense" lr *
+            weight_decay is below 1; with "dense" eps is above 0, beta1^2 below beta2, and bias
+            is corrected by the table.
+        TypeError: a value of ``param_dict`` is no table, or, unless ``untouched`` is "skip", has
+            no place to bring rows up to date (a bare weight); the text names its key.
 
     Example::
 
@@ -588,12 +599,26 @@ class SparseAdamW(SparseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
+        *,
+        untouched: str = "skip",
+        eps_mode: str = "torch",
+        bias_correction: str = "table",
+        maximize: bool = False,
     ) -> None:
-        _require_no_amsgrad(amsgrad)
-        defaults = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+        require_no_amsgrad(amsgrad)
+        defaults = {
+            "lr": lr,
+            "betas": (beta1, beta2),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "untouched": untouched,
+            "eps_mode": eps_mode,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
         super().__init__(param_dict, defaults)
 
-    def _apply_updates(
+    def _prepare_updates(
         self, updates: list[Update], segments: functional.Segments
-    ) -> list[RowReport]:
-        return functional.sparse_adamw_(updates, segments)
+    ) -> Callable[[], list[RowReport]]:
+        return functional.prepare_sparse_adamw(updates, segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,19 +56,44 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
         width, depth = require_int("width", width, 1), require_int("depth", depth, 1)
         self.register_buffer("counts", torch.zeros(depth, width, dtype=torch.int32))
         self.register_buffer("sightings", torch.zeros((), dtype=torch.int64))
+        self._undo: list[Callable[[], Any]] = []  # the last ``admit``; from the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_undo": []}
 
     def admit(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Those that have now been seen ``min_frequency`` times."""
+        self._undo = []
+        try:
+            return self._admit(ids, counts)
+        except BaseException:
+            self.take_back()
+            raise
+
+    def _admit(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         depth, width = self.counts.shape
         places = torch.stack([_mixed(ids, line) % width for line in range(depth)])
-        seen = counts.to(torch.int32).expand(depth, -1)
+        seen = counts.to(torch.int32)
+        minus, seen = (-seen).expand(depth, -1), seen.expand(depth, -1)
+        total, before = counts.sum(), self.sightings.clone()
         self.counts.scatter_add_(1, places, seen)
+        self._undo.append(lambda: self.counts.scatter_add_(1, places, minus))
         admitted = self.counts.gather(1, places).amin(0) >= self.min_frequency
-        self.sightings += counts.sum()
-        if self.sightings >= width:
+        if before + total < width:
+            self.sightings += total
+        else:
+            odd = self.counts.bitwise_and(1).to(torch.int8)
             self.counts >>= 1
+            self._undo.append(lambda: self.counts.mul_(2).add_(odd))
             self.sightings.zero_()
+        self._undo.append(lambda: self.sightings.copy_(before))
         return admitted
+
+    def take_back(self) -> None:
+        """Forget what the last ``admit`` counted."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
 
 def _mixed(ids: torch.Tensor, line: int) -> torch.Tensor:
@@ -184,8 +210,8 @@ class LRUFilterHookImpl(_Eviction):
 
     def update(self, index: torch.Tensor) -> None:
         """Rows [N] are used now."""
-        self._clock += 1
-        self._ht.update_slot(self._name, index, self._clock)
+        self._ht.update_slot(self._name, index, self._clock + 1)
+        self._clock += 1  # only now: what raises has used nothing
 
 
 class LFUFilterHookImpl(_Eviction):

@@ -80,6 +80,8 @@ class RecisTable(Table):
         RuntimeError: it has rows and no slots for moments.
     """
 
+    keeps_steps = False
+
     def __init__(self, name: str, impl: Any) -> None:
         self._impl = impl
         slots = {slot.name(): slot for slot in impl.slot_group().slots()}
@@ -90,7 +92,7 @@ class RecisTable(Table):
                 f"{name}: a RecIS table must have an embedding_shape [D], its rows have shape "
                 f"{list(sample.shape[1:])}"
             )
-        self.dtype = _checks.require_table_dtype(name, sample.dtype)
+        self._dtype = _checks.require_table_dtype(name, sample.dtype)
         self._device = sample.device
         self._dim = sample.shape[1]
         self._embedding = self._blocks_of(embedding, self.dtype)
@@ -106,6 +108,11 @@ class RecisTable(Table):
                     f"load"
                 )
         self._require_aligned(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the embeddings."""
+        return self._dtype
 
     @classmethod
     def of(cls, name: str, impl: Any) -> RecisTable:
@@ -268,20 +275,19 @@ class RecisTable(Table):
             "ids": ids,
         }
 
-    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+    def build_moments(self, name: str, saved: dict[str, Any]) -> dict[str, Any]:
         """Rows [n] of the saved ids, and the saved moments; see ``Table.build_moments``."""
         values = require_moments(name, saved, self.dtype, self._dim)
         rows = self._rows_of_saved(name, "moments", saved.get("ids"))
-        require_moment_rows(name, rows, values[0].shape[0])
-        return rows, values
+        require_moment_rows(name, rows, values["exp_avg"].shape[0])
+        return {"rows": rows, **values}
 
-    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
+    def install_moments(self, state: dict[str, Any], built: dict[str, Any] | None) -> None:
         """Zero the slots, then write the built moments into the rows of their ids."""
         self.drop_moments()
         if built is not None:
-            rows, values = built
-            for slot, value in zip(self._slots(), values, strict=True):
-                functional.scatter_(slot, rows, value.detach().to(self._device))
+            for slot, key in zip(self._slots(), ("exp_avg", "exp_avg_sq"), strict=True):
+                functional.scatter_(slot, built["rows"], built[key].detach().to(self._device))
             self._must_be_zero = False
 
     def export_pending(self, name: str) -> list[dict[str, Any]]:

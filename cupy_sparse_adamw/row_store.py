@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from . import functional
+from ._locks import Lock, give_lock
 from ._types import MISSING, MOMENT_DTYPE, Distribution, DistributionKind, RowIndex, Slot
+from .missed_steps import MissedSteps
 from .row_bound import RowBound, Rows
 from .saved_rows import SavedRows
 
 EMBEDDING = "embedding"
 EXP_AVG = "sparse_adamw_exp_avg"
 EXP_AVG_SQ = "sparse_adamw_exp_avg_sq"
+LAST_STEP = "sparse_adamw_last_step"
+ROW_STEP = "sparse_adamw_row_step"
+#: Slots that belong to the optimizer, by the names that its state has for them.
+OPTIMIZER_SLOTS = {
+    "exp_avg": EXP_AVG,
+    "exp_avg_sq": EXP_AVG_SQ,
+    "last_step": LAST_STEP,
+    "row_step": ROW_STEP,
+}
 
+_IDS = "ids"
 #: Share of the index that may be filled. At 0.7 a search for an absent id looks at 6 entries on
 #: average (Knuth, TAOCP 3, 6.4, linear probing), and an index that has just grown takes 34 bytes a
 #: row.
@@ -44,6 +59,54 @@ class FoundRows:
         self.rows = rows
         self.ids = ids
         self.pinned_in = -1
+
+
+class _Undo:
+    """How a store was before a change that may yet fail; see ``RowStore.all_or_nothing``.
+
+    Args:
+        store: as it is before.
+
+    Attributes:
+        counters: those of its index.
+        to_zero: its rows that are to be zeroed.
+        free_rows: its list of free rows, once rows went: they are put where others were.
+        deleted: of ids that went, (rows [n], values [n, D] by name of slot).
+        is_changed: whether there is something to put back.
+        actions: what else undoes the change; not called by the store.
+    """
+
+    def __init__(self, store: RowStore) -> None:
+        index = store._index
+        self.counters = index.counters.clone()
+        self.to_zero = list(store._to_zero)
+        self.free_rows: torch.Tensor | None = None
+        self.deleted: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+        self.is_changed = False
+        self.actions: list[Callable[[], None]] = []
+
+    def keep(self, store: RowStore, ids: torch.Tensor) -> None:
+        """Copy the rows of ids [N], which are about to go."""
+        index = store._index
+        if self.free_rows is None:
+            self.free_rows = index.free_rows[: int(self.counters[1])].clone()
+        rows = store.find(ids)
+        slots = {**store.slots, _IDS: store.ids_by_row}
+        values = {name: functional.gather(slot, rows) for name, slot in slots.items()}
+        self.deleted.append((rows, values))
+
+    def put_back(self, store: RowStore, index: RowIndex) -> None:
+        """Undo what was done, but for the index's entries. May be called again if it raises."""
+        numbered, free, _ = self.counters.tolist()
+        free_rows = index.free_rows[:free] if self.free_rows is None else self.free_rows
+        fresh = torch.arange(numbered, int(index.counters[0]), device=free_rows.device)
+        slots = {**store.slots, _IDS: store.ids_by_row}
+        for rows, values in reversed(self.deleted):
+            for name, value in values.items():
+                functional.scatter_(slots[name], rows, value)
+        store._to_zero = [*self.to_zero, free_rows, fresh]  # hooks may have written there
+        index.free_rows[:free] = free_rows
+        index.counters.copy_(self.counters)
 
 
 class SlotGroup:
@@ -96,8 +159,11 @@ class RowStore:
         distribution: what new rows are drawn from.
         saved_rows: which rows are as in a checkpoint; None while nobody asks for increments, and
             once something changed all rows.
+        lock: held by whoever reads or changes the store (_locks.py). Methods here do not take it.
+        lock_order: its place among all locks.
         pins: rows followed since it last rose are pinned: a gradient waits for them, or may come,
             so that filters keep them. It rises when gradients are cleared.
+        missed: what rows missed whose last update is a while ago; None if rows are never behind.
 
     Args:
         dim: D.
@@ -107,6 +173,9 @@ class RowStore:
         seed: see above.
         distribution: see above.
     """
+
+    lock: Lock
+    lock_order: int
 
     def __init__(
         self,
@@ -131,13 +200,19 @@ class RowStore:
         self._followed: weakref.WeakSet[FoundRows] = weakref.WeakSet()
         self._is_in_graph = False  # a captured lookup reads the index and the slots as they are
         self.saved_rows: SavedRows | None = None
+        self.missed: MissedSteps | None = None
+        self._undo: _Undo | None = None  # of the change that is being made
+        self._undone: _Undo | None = None  # what to put back before anybody looks
+        self._made_in = os.getpid()
+        give_lock(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy follows is what is copied with it: see LookupGrads.
-        return {**self.__dict__, "_followed": None, "saved_rows": None}
+        return {**self.__dict__, "_followed": None, "saved_rows": None, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _followed=weakref.WeakSet())
+        give_lock(self)
 
     @property
     def embedding(self) -> Slot:
@@ -146,9 +221,12 @@ class RowStore:
 
     @property
     def _index(self) -> RowIndex:
-        """The index, built anew first if an insertion broke off in the middle of it."""
+        """The index, built anew first if a change broke off in the middle of it."""
         index = self._raw_index
         if self._is_torn:
+            if self._undone is not None:
+                self._undone.put_back(self, index)
+                self._undone = None
             index.counters[2:] = 0  # rows that were given but not counted
             index.entries.fill_(MISSING)
             for rows in _rows_in(index).split(ROWS_AT_A_TIME):
@@ -158,7 +236,7 @@ class RowStore:
 
     @_index.setter
     def _index(self, index: RowIndex) -> None:
-        self._raw_index, self._is_torn = index, False
+        self._raw_index, self._is_torn, self._undone = index, False, None
 
     @property
     def num_rows(self) -> int:
@@ -232,6 +310,15 @@ class RowStore:
             RuntimeError: a CUDA graph is being captured: a replay could not take memory.
         """
         self.require_no_capture()
+        if self.is_copy_in_worker():
+            rows = self.find(ids)
+            if bool((rows == MISSING).any()):
+                raise RuntimeError(
+                    "a lookup in training mode would give new ids their rows in a DataLoader's "
+                    "worker, whose table is a copy: they would be lost; call table.eval() in the "
+                    "worker, or look up in the process that trains"
+                )
+            return rows
         count, bound = ids.numel(), self._bound
         with torch.inference_mode(False):  # rows outlive the mode that they appear in
             for known in (bound.at_most, bound.copied, bound.exactly):
@@ -242,6 +329,10 @@ class RowStore:
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
             self._make_room(bound.at_most().plus(distinct + spare))
             return self._insert(ids, distinct) if distinct else rows
+
+    def is_copy_in_worker(self) -> bool:
+        """Whether this is a DataLoader worker's copy of what another process made."""
+        return get_worker_info() is not None and os.getpid() != self._made_in
 
     def require_no_capture(self) -> None:
         """Raise RuntimeError while a CUDA graph is being captured: replays take no memory."""
@@ -256,9 +347,18 @@ class RowStore:
         index = self._index
         self._zero_freed()
         self._bound.add(at_most)
+        if self._undo is not None:
+            self._undo.is_changed = True
         try:
             rows = functional.find_or_insert_(
-                index, ids, self.ids_by_row, self.embedding, self.seed, self.distribution
+                index,
+                ids,
+                self.ids_by_row,
+                self.embedding,
+                self.seed,
+                self.distribution,
+                self.slots.get(LAST_STEP),
+                0 if self.missed is None else self.missed.t,
             )
         except BaseException:  # out of memory, Ctrl-C: forget the half-made rows
             self._is_torn = True
@@ -280,6 +380,9 @@ class RowStore:
                 longer = index.free_rows.new_empty(held)
                 longer[: index.free_rows.numel()] = index.free_rows
                 index.free_rows = longer
+            if self._undo is not None:
+                self._undo.keep(self, ids)
+                self._undo.is_changed = True
             self._deleted += ids.numel()
             with functional.uninterrupted():  # or whoever gets the rows finds old moments
                 rows = functional.delete_(index, ids)
@@ -303,6 +406,28 @@ class RowStore:
                         )
                         functional.scatter_(slot, rows, zeros)
             self._to_zero.pop()  # only now: what was interrupted is done again
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[list[Callable[[], None]]]:
+        """Within the block ids get rows and go for good if it ends; if it raises, none did.
+
+        It gives a list: what is put there is called, last first, if the block raises. Ctrl-C must
+        wait (``functional.uninterrupted``). Nested blocks are one.
+        """
+        if self._undo is not None:
+            yield self._undo.actions
+            return
+        undo = self._undo = _Undo(self)
+        try:
+            yield undo.actions
+        except BaseException:
+            if undo.is_changed:  # memory may be short: it is put back when somebody looks
+                self._undone, self._is_torn = undo, True
+            while undo.actions:
+                undo.actions.pop()()
+            raise
+        finally:
+            self._undo = None
 
     # ------------------------------------------------------------------ following rows
 
@@ -387,16 +512,20 @@ class RowStore:
         self.saved_rows = None
         return slot
 
+    def new_slot(self, key: str) -> Slot:
+        """A zeroed slot for what the optimizer's state names ``key``, not yet part of the store."""
+        embedding = self.embedding
+        if key in ("exp_avg", "exp_avg_sq"):
+            dim, dtype = embedding.dim, MOMENT_DTYPE[embedding.dtype]
+        else:
+            dim, dtype = 1, torch.int32
+        slot = Slot(OPTIMIZER_SLOTS[key], dim, self._block_size, dtype, embedding.device)
+        slot.reserve(embedding.num_rows())
+        return slot
+
     def new_moments(self) -> tuple[Slot, Slot]:
         """Zeroed slots for exp_avg and exp_avg_sq, not yet part of the store."""
-        embedding, dtype = self.embedding, MOMENT_DTYPE[self.embedding.dtype]
-        slots = [
-            Slot(name, embedding.dim, self._block_size, dtype, embedding.device)
-            for name in (EXP_AVG, EXP_AVG_SQ)
-        ]
-        for slot in slots:
-            slot.reserve(embedding.num_rows())
-        return slots[0], slots[1]
+        return self.new_slot("exp_avg"), self.new_slot("exp_avg_sq")
 
     # ------------------------------------------------------------------ replacing the contents
 
@@ -408,7 +537,8 @@ class RowStore:
         """Hold exactly these ids: row i is ``ids[i]`` with value ``values[name][i]`` in each slot.
 
         In slots without values here, those of before stay with their ids, and new ids have zeros.
-        All memory is taken before anything changes.
+        No row is behind afterwards, so those that stay must not be so before. All memory is taken
+        before anything changes.
 
         Args:
             ids: [n] int64, distinct.
@@ -432,20 +562,24 @@ class RowStore:
                 functional.scatter_(new, rows, values[name])
             elif name != EMBEDDING:
                 functional.scatter_(new, rows[kept], functional.gather(slot, old_rows[kept]))
+        if self.missed is not None:
+            slots[LAST_STEP].fill(self.missed.t)
+        bound = RowBound(index.counters, Rows(size, size))
         self._leave_graph()
-        self.slots, self.ids_by_row = slots, ids_by_row
-        self._index, self._bound = index, RowBound(index.counters, Rows(size, size))
-        self._deleted, self._to_zero, self.saved_rows = 0, [], None
+        with functional.uninterrupted():
+            self.slots, self.ids_by_row = slots, ids_by_row
+            self._index, self._bound = index, bound
+            self._deleted, self._to_zero, self.saved_rows = 0, [], None
 
     def empty_like(self) -> RowStore:
-        """A store without rows that has the same slots, but for moments. New rows are zeros."""
+        """A store without rows that has the same slots, but for the optimizer's. New rows are 0."""
         embedding = self.embedding
         zeros = Distribution(DistributionKind.CONSTANT)
         store = RowStore(
             embedding.dim, self._block_size, embedding.dtype, embedding.device, 0, zeros
         )
         for name, slot in self.slots.items():
-            if name not in (EMBEDDING, EXP_AVG, EXP_AVG_SQ):
+            if name not in (EMBEDDING, *OPTIMIZER_SLOTS.values()):
                 store.add_slot(name, slot.dim, slot.dtype)
         return store
 
@@ -460,7 +594,7 @@ class RowStore:
         for store in (self, other):
             store._note_ids()
             store._leave_graph()
-        for name in (
+        names = (
             "slots",
             "ids_by_row",
             "_index",
@@ -468,10 +602,12 @@ class RowStore:
             "_deleted",
             "_to_zero",
             "saved_rows",
-        ):
-            mine, its = getattr(self, name), getattr(other, name)
-            setattr(self, name, its)
-            setattr(other, name, mine)
+        )
+        mine, its = ({name: getattr(x, name) for name in names} for x in (self, other))
+        with functional.uninterrupted():
+            for name in names:
+                setattr(self, name, its[name])
+                setattr(other, name, mine[name])
 
     def note_saved(self, checkpoint: Any) -> None:
         """From now on, keep track of which rows are no longer as in a checkpoint just made."""
@@ -490,12 +626,14 @@ class RowStore:
         }
         index = self._index
         index = RowIndex(*(x.to(device) for x in (index.entries, index.counters, index.free_rows)))
+        ids_by_row = self.ids_by_row
         if device != self.embedding.device:
-            self.ids_by_row = self.ids_by_row.to(device, torch.int64)
+            ids_by_row = ids_by_row.to(device, torch.int64)
+        bound = RowBound(index.counters, self._bound.at_most())
         self._leave_graph()
-        self.slots, self._index = slots, index
-        self._bound = RowBound(index.counters, self._bound.at_most())
-        self.saved_rows = None
+        with functional.uninterrupted():
+            self.slots, self.ids_by_row, self._index = slots, ids_by_row, index
+            self._bound, self.saved_rows = bound, None
 
 
 def _capacity_for(rows: int) -> int:

@@ -7,9 +7,19 @@ from typing import Any
 import torch
 
 from . import _checks, functional
-from ._types import MISSING, Pending, Slot
+from ._locks import Lock, locked
+from ._types import MISSING, Lagging, Pending, Slot
 from .lookup_grads import LookupGrad, LookupGrads
-from .row_store import EXP_AVG, EXP_AVG_SQ, FoundRows, RowStore
+from .missed_steps import MissedSteps
+from .row_store import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    LAST_STEP,
+    OPTIMIZER_SLOTS,
+    ROW_STEP,
+    FoundRows,
+    RowStore,
+)
 from .tables import (
     Table,
     dtype_name,
@@ -45,6 +55,17 @@ class RowTable(Table):
         """Where the rows live."""
         return self._store.embedding.device
 
+    @property
+    def lock(self) -> Lock:
+        """Held by the thread that reads or changes the table; reentrant."""
+        return self._store.lock
+
+    @property
+    def lock_owner(self) -> RowStore:
+        """The rows."""
+        return self._store
+
+    @locked
     def __len__(self) -> int:
         return self._store.num_rows
 
@@ -66,6 +87,74 @@ class RowTable(Table):
     def saved_rows(self, saved: Any) -> None:
         self._store.saved_rows = saved
 
+    # ------------------------------------------------------------------ what rows missed
+
+    @property
+    def missed(self) -> MissedSteps | None:
+        """What rows that are behind have missed."""
+        return self._store.missed
+
+    @missed.setter
+    def missed(self, log: MissedSteps | None) -> None:
+        self._store.missed = log
+
+    def begin_to_miss(
+        self, state: dict[str, Any], log: MissedSteps, *, as_saved: bool = False
+    ) -> None:
+        """See ``Table.begin_to_miss``."""
+        slot = self._optimizer_slot("last_step")
+        if not as_saved:
+            slot.fill(log.t)
+        self.missed = log
+
+    def new_last_step(self, t: int) -> Slot:
+        """See ``Table.new_last_step``."""
+        slot = self._store.new_slot("last_step")
+        slot.fill(t)
+        return slot
+
+    def last_step(self, state: dict[str, Any]) -> Slot:
+        """See ``Table.last_step``."""
+        return self._store.slots[LAST_STEP]
+
+    def row_step(self, state: dict[str, Any]) -> Slot:
+        """See ``Table.row_step``."""
+        return self._optimizer_slot("row_step")
+
+    def _optimizer_slot(self, key: str) -> Slot:
+        slots, name = self._store.slots, OPTIMIZER_SLOTS[key]
+        if name not in slots:
+            slots[name] = self._store.new_slot(key)
+        return slots[name]
+
+    def lagging(self) -> Lagging | None:
+        """See ``Table.lagging``."""
+        log = self._store.missed
+        if log is None or log.t == log.first:
+            return None
+        missed, kind = log.on(self.device), log.kind(self.dtype)
+        last_step = self._store.slots[LAST_STEP]
+        return Lagging(self._store.embedding, *self._moments(), last_step, missed, kind)
+
+    def num_rows_at_most(self) -> int:
+        """See ``Table.num_rows_at_most``."""
+        return self._store.num_rows_bound
+
+    @locked
+    def caught_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """What ids read as in eval mode; see ``SparseOptimizer.caught_up``."""
+        flat = self._flat(_checks.require_ids(ids))
+        return self.read(self._store.find(flat)).view(*ids.shape, *self.embedding_shape)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """The embeddings [N, D] of rows [N] int64 as they are now; zeros for ``MISSING``."""
+        lagging = self.lagging()
+        if lagging is None:
+            return functional.gather(self._store.embedding, rows)
+        return functional.gather_current(lagging, rows)
+
+    # ------------------------------------------------------------------ moments
+
     def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
         for piece in pending.pieces:
@@ -81,28 +170,32 @@ class RowTable(Table):
     def drop_moments(self) -> None:
         """Forget the moments: the table gets a new owner."""
         self.saved_rows = None
-        for name in (EXP_AVG, EXP_AVG_SQ):
+        self.missed = None
+        for name in OPTIMIZER_SLOTS.values():
             self._store.slots.pop(name, None)
 
     def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """Moments by id; see ``Table.export_moments``."""
         rows = self._store.rows()
         first, second = self._moments()
-        return {
+        result = {
             "exp_avg": functional.gather(first, rows),
             "exp_avg_sq": functional.gather(second, rows),
             "dtype": dtype_name(self.dtype),
             "ids": self._store.ids_of(rows),
         }
+        if ROW_STEP in self._store.slots:
+            result["row_step"] = functional.gather(self.row_step(state), rows)
+        return result
 
-    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+    def build_moments(self, name: str, saved: dict[str, Any]) -> dict[str, Any]:
         """New slots with the saved moments; see ``Table.build_moments``."""
         values = require_moments(name, saved, self.dtype, self._store.embedding.dim)
         rows = self._rows_of_saved(name, "moments", saved.get("ids"))
-        require_moment_rows(name, rows, values[0].shape[0])
-        built = self._store.new_moments()
-        for slot, value in zip(built, values, strict=True):
-            functional.scatter_(slot, rows, value.to(self.device))
+        require_moment_rows(name, rows, values["exp_avg"].shape[0])
+        built = {key: self._store.new_slot(key) for key in values}
+        for key, slot in built.items():
+            functional.scatter_(slot, rows, values[key].to(self.device))
         return built
 
     def _rows_of_saved(self, name: str, what: str, ids: Any) -> torch.Tensor:
@@ -114,11 +207,11 @@ class RowTable(Table):
         require_held(name, what, (rows != MISSING) | ~self.accepts(ids))
         return rows
 
-    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
+    def install_moments(self, state: dict[str, Any], built: dict[str, Any] | None) -> None:
         """Replace the moment slots by built ones, or drop them."""
         self.drop_moments()
-        if built is not None:
-            self._store.slots[EXP_AVG], self._store.slots[EXP_AVG_SQ] = built
+        for key, slot in (built or {}).items():
+            self._store.slots[OPTIMIZER_SLOTS[key]] = slot
 
     def export_pending(self, name: str) -> list[dict[str, Any]]:
         """Gradients by id; those whose id is gone are left out."""
@@ -165,8 +258,9 @@ class RowTable(Table):
 
     def clear_pending(self, set_to_none: bool = True) -> None:
         """Drop the gradients; see ``Table.clear_pending``."""
-        self._grads.clear()
-        self._store.unpin()
+        with self._store.lock:
+            self._grads.clear()
+            self._store.unpin()
 
     def _require_grad(self, name: str, what: str, grad: Any, rows: torch.Tensor) -> torch.Tensor:
         """Gradients [N, D] for rows [N], of a dtype that the table takes."""

@@ -1,24 +1,52 @@
-"""What the optimizer knows of a table: a small protocol, and the kind that wraps embeddings.
+"""What the optimizer knows of a table: a small protocol. And who owns which.
 
-``HashTable`` implements the protocol itself (hash_table.py).
+``HashTable`` implements it itself (hash_table.py); embedding_table.py and recis.py wrap others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _checks
-from ._memory import empty
-from ._types import MISSING, MOMENT_DTYPE, Pending, PendingGrad, Slot
+from . import functional
+from ._types import MISSING, MOMENT_DTYPE, Lagging, Pending, RowReport, Slot
+from .missed_steps import MissedSteps
 
 ACCEPTED = (
     "a HashTable, a torch.nn.Embedding(sparse=True) or EmbeddingBag(sparse=True), its weight, or a "
     "RecIS hash table"
 )
+
+_rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
+
+
+@contextlib.contextmanager
+def rows_apart() -> Iterator[None]:
+    """Within the block, rows of tables are neither saved nor loaded: a checkpoint has them.
+
+    What remains of a HashTable is the seed, the fan and the buffers of hooks. Weights of embeddings
+    are left as they are, behind or not.
+    """
+    token = _rows_apart.set(True)
+    try:
+        yield
+    finally:
+        _rows_apart.reset(token)
+
+
+def rows_are_apart() -> bool:
+    """Whether this is within ``rows_apart``."""
+    return _rows_apart.get()
+
+
+#: Rows that are brought up to date at once: memory may be short.
+ROWS_AT_A_TIME = 1 << 16
 
 #: The optimizer that owns a table, by the table's key: id(key) -> weak reference.
 _owners = WeakIdKeyDictionary()
@@ -35,11 +63,19 @@ class Table:
 
     #: Whether torch.amp.GradScaler can unscale the gradients, as it does those in ``.grad``.
     grad_scaler_reaches_it = False
+    #: Whether it has room for the steps of each row, and reads rows only after it was asked.
+    keeps_steps = True
+    #: What has the lock that a thread holds while it reads or changes rows (_locks.py), if any.
+    lock_owner: Any = None
     #: Whether a step was captured into a CUDA graph: its replays change rows unseen.
     is_in_graph = False
     #: Which rows are as in a checkpoint (``SavedRows``); None while nobody asks for increments, and
     #: once something changed all rows. ``moments`` notes those in ``pending`` as changed.
     saved_rows: Any = None
+    #: What becomes of rows that no batch touches: "skip", "decay" or "dense".
+    untouched = "skip"
+    #: What rows that are behind have missed; None before the first update, and in mode "skip".
+    missed: MissedSteps | None = None
 
     def note_change(self, rows: torch.Tensor) -> None:
         """Rows [N] int64 are about to change, for the next increment; rows may repeat."""
@@ -49,6 +85,11 @@ class Table:
     @property
     def key(self) -> Any:
         """What ``param_groups`` holds and ``optimizer.state`` is keyed by."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the weights."""
         raise NotImplementedError
 
     @property
@@ -73,6 +114,51 @@ class Table:
         """exp_avg and exp_avg_sq of the weights in ``pending``, as zeros if there are none yet."""
         raise NotImplementedError
 
+    def begin_to_miss(
+        self, state: dict[str, Any], log: MissedSteps, *, as_saved: bool = False
+    ) -> None:
+        """From now on ``log`` says what rows miss.
+
+        All of them are up to date, unless ``as_saved``: then ``last_step`` was installed with the
+        moments.
+        """
+        raise NotImplementedError
+
+    def new_last_step(self, t: int) -> Any:
+        """What ``install_moments`` takes as "last_step" where every row is up to date at t."""
+        raise NotImplementedError
+
+    def caught_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """What ids read as now; see ``SparseOptimizer.caught_up``."""
+        raise NotImplementedError
+
+    def last_step(self, state: dict[str, Any]) -> Slot:
+        """The step of each row's last update: width 1, int32. After ``begin_to_miss``."""
+        raise NotImplementedError
+
+    def row_step(self, state: dict[str, Any]) -> Slot:
+        """The number of each row's updates: width 1, int32, zeros if there is none yet."""
+        raise NotImplementedError
+
+    def lagging(self) -> Lagging | None:
+        """The table for those who bring rows up to date; None if none can be behind."""
+        return None
+
+    def num_rows_at_most(self) -> int:
+        """At least as many as there are, and memory is held for as many. Never waits."""
+        raise NotImplementedError
+
+    def require_read_current(self, pending: Pending) -> RowReport | None:
+        """See to it that the rows in ``pending`` were up to date when they were read.
+
+        Returns:
+            What a GPU will say of it; None if it is so.
+
+        Raises:
+            RuntimeError: they were not.
+        """
+        return None
+
     def drop_moments(self) -> None:
         """Forget moments kept with the table: it gets a new owner."""
 
@@ -84,16 +170,18 @@ class Table:
         """The table's entry of ``state_dict``: moments, dtype, and ids if rows have ids."""
         raise NotImplementedError
 
-    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
+    def build_moments(self, name: str, saved: dict[str, Any]) -> dict[str, Any]:
         """What ``install_moments`` needs, made from an entry of ``state_dict``. Changes nothing.
+
+        By name: "exp_avg", "exp_avg_sq", and "row_step" and "last_step" where there are such.
 
         Raises:
             ValueError: the entry does not fit the table.
         """
         raise NotImplementedError
 
-    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
-        """Replace the moments by built ones, or by none."""
+    def install_moments(self, state: dict[str, Any], built: dict[str, Any] | None) -> None:
+        """Replace the moments by built ones, or by none. No row has missed anything then."""
         raise NotImplementedError
 
     def export_pending(self, name: str) -> list[dict[str, Any]]:
@@ -109,270 +197,6 @@ class Table:
         raise NotImplementedError
 
 
-class _Over:
-    """A slot over a tensor [R, D], good while ``is_over``.
-
-    The slot keeps the memory that it is over alive. So what else is at its address is a view of it:
-    a tensor of another dtype or on another device is elsewhere.
-    """
-
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self.slot = Slot.over(name, tensor.detach())
-        # The address that kernels use: a storage may be moved in place (share_memory_).
-        self.address, self.shape = tensor.data_ptr(), tensor.shape
-
-    def is_over(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory and shape are what they were; never of an empty one."""
-        return (
-            tensor.data_ptr() == self.address != 0  # 0: without memory, on whatever device
-            and tensor.shape == self.shape
-            and tensor.is_contiguous()
-        )
-
-
-class _Moments:
-    """The slots over the moments of the weights in slot ``param``, good while ``are_in``.
-
-    Moments belong to the optimizer: they may be replaced or moved, but nobody reshapes them alone.
-    """
-
-    def __init__(self, param: Slot, state: dict[str, Any]) -> None:
-        self.param = param
-        self._tensors: tuple[torch.Tensor, torch.Tensor] = state["exp_avg"], state["exp_avg_sq"]
-        self._exp_avg, self._exp_avg_sq = map(_Over, ("exp_avg", "exp_avg_sq"), self._tensors)
-        self.slots = self._exp_avg.slot, self._exp_avg_sq.slot
-
-    def are_in(self, state: dict[str, Any]) -> bool:
-        """Whether the moments in an optimizer's state are still these."""
-        first, second = self._tensors
-        return (
-            first is state.get("exp_avg")
-            and second is state.get("exp_avg_sq")
-            and first.data_ptr() == self._exp_avg.address != 0
-            and second.data_ptr() == self._exp_avg_sq.address != 0
-        )
-
-
-class EmbeddingTable(Table):
-    """The weight of a ``torch.nn.Embedding`` or ``EmbeddingBag`` with sparse gradients.
-
-    Args:
-        name: the table's name, for error texts.
-        weight: [R, D], contiguous; its ``.grad`` is sparse COO with indices [1, N], values [N, D].
-    """
-
-    grad_scaler_reaches_it = True
-
-    def __init__(self, name: str, weight: torch.Tensor) -> None:
-        if weight.dim() != 2 or not weight.is_leaf or weight.shape[1] == 0:
-            raise TypeError(
-                f"{name}: a table is a leaf tensor of shape [rows, dim], got one of shape "
-                f"{list(weight.shape)}; accepted: {ACCEPTED}"
-            )
-        _checks.require_table_dtype(name, weight.dtype)
-        _require_contiguous(name, weight)
-        self.weight = weight
-        self._param: _Over | None = None
-        self._moments: _Moments | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_param": None, "_moments": None, "saved_rows": None}
-
-    @property
-    def key(self) -> Any:
-        """The weight."""
-        return self.weight
-
-    @property
-    def device(self) -> torch.device:
-        """The weight's device."""
-        return self.weight.device
-
-    def __len__(self) -> int:
-        return self.weight.shape[0]
-
-    def pending(self, name: str) -> Pending | None:
-        """The gradients in ``weight.grad``; see ``Table.pending``."""
-        weight = self.weight
-        grad = weight.grad
-        if grad is None:
-            return None
-        if grad.layout is not torch.sparse_coo:
-            raise RuntimeError(
-                f"table {name!r}: its gradient is dense; create the embedding with sparse=True, or "
-                f"give this parameter to torch.optim.AdamW"
-            )
-        held = self._param
-        if held is None or not held.is_over(weight):
-            _require_contiguous(name, weight)
-            held = self._param = _Over("embedding", weight)
-        param, shape = held.slot, held.shape
-        values = grad._values()  # not differentiable, nor are _indices
-        if grad.shape != shape or values.dim() != 2:
-            raise ValueError(
-                f"table {name!r}: its gradient must be sparse over rows with shape "
-                f"{list(shape)}, got shape {list(grad.shape)} with "
-                f"{grad.sparse_dim()} sparse dimensions"
-            )
-        if values.dtype is not param.dtype:
-            _checks.require_dtype(name, "its gradient", values, (param.dtype,))
-        indices = grad._indices()
-        if not indices.is_contiguous():
-            indices = indices.contiguous()
-        piece = PendingGrad(indices, values)
-        return Pending(name, param, shape[0], [piece], coalesced=grad.is_coalesced())
-
-    def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
-        """The moments in the optimizer's state, as in torch: ``exp_avg`` and ``exp_avg_sq`` [R, D].
-
-        Raises:
-            RuntimeError: the weight was moved, converted or resized after the first step.
-        """
-        for piece in pending.pieces:
-            self.note_change(piece.rows)
-        held = self._moments
-        if held is None or held.param is not pending.param or not held.are_in(state):
-            self._require_moments(pending.name, state)
-            held = self._moments = _Moments(pending.param, state)
-        return held.slots
-
-    def _require_moments(self, name: str, state: dict[str, Any]) -> None:
-        """Moments that fit the weight; zeros where there are none."""
-        weight = self.weight
-        dtype = MOMENT_DTYPE[weight.dtype]
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key not in state:
-                state[key] = empty(weight.shape, dtype, weight.device).zero_()
-            x = state[key]
-            if (x.dtype, x.device, x.shape) != (dtype, weight.device, weight.shape):
-                raise RuntimeError(
-                    f"table {name!r}: its weight became {list(weight.shape)} "
-                    f"{weight.dtype} on {weight.device} after its first update, its moments are "
-                    f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
-                    f"before it is trained, or make a new optimizer"
-                )
-            if not x.is_contiguous():
-                raise RuntimeError(
-                    f"table {name!r}: its {key} is not contiguous; use "
-                    f"optimizer.state[...][{key!r}] = moments.contiguous()"
-                )
-
-    def clear_pending(self, set_to_none: bool = True) -> None:
-        """Drop ``weight.grad``, or make it a zero without entries, as torch does."""
-        if set_to_none:
-            self.weight.grad = None
-        elif self.weight.grad is not None:
-            self.weight.grad.detach_().zero_()
-
-    def export_moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """References to the moments, as in torch."""
-        return {
-            "exp_avg": state["exp_avg"],
-            "exp_avg_sq": state["exp_avg_sq"],
-            "dtype": dtype_name(self.weight.dtype),
-        }
-
-    def build_moments(self, name: str, saved: dict[str, Any]) -> tuple[Any, Any]:
-        """Copies of the saved moments; see ``Table.build_moments``."""
-        if "ids" in saved:
-            raise ValueError(
-                f"table {name!r}: the saved moments are of a HashTable, this is an embedding"
-            )
-        first, second = require_moments(name, saved, self.weight.dtype, self.weight.shape[1])
-        if first.shape != self.weight.shape:
-            raise ValueError(
-                f"table {name!r}: the saved moments have shape {list(first.shape)}, the weight "
-                f"{list(self.weight.shape)}"
-            )
-        return _plain_copy(first, self.weight.device), _plain_copy(second, self.weight.device)
-
-    def install_moments(self, state: dict[str, Any], built: tuple[Any, Any] | None) -> None:
-        """Put copies made by ``build_moments`` into the optimizer's state."""
-        state.pop("exp_avg", None)
-        state.pop("exp_avg_sq", None)
-        self.saved_rows = None
-        self._moments = None  # or they would hold the memory until the next step
-        if built is not None:
-            state["exp_avg"], state["exp_avg_sq"] = built
-
-    def export_pending(self, name: str) -> list[dict[str, Any]]:
-        """``.grad`` as torch holds it."""
-        if self.pending(name) is None:
-            return []
-        grad = self.weight.grad
-        assert grad is not None
-        return [
-            {
-                "indices": grad._indices(),
-                "values": grad._values(),
-                "is_coalesced": grad.is_coalesced(),
-            }
-        ]
-
-    def build_pending(self, name: str, saved: list[dict[str, Any]]) -> Any:
-        """The saved ``.grad``; see ``Table.build_pending``."""
-        grads = []
-        if len(saved) > 1:
-            raise ValueError(f"table {name!r}: {len(saved)} gradients are saved, expected one")
-        for piece in saved:
-            require_piece(name, piece)
-            if "indices" not in piece:
-                raise ValueError(
-                    f"table {name!r}: the saved gradients are of a HashTable, this is an embedding"
-                )
-            for key in ("values", "is_coalesced"):
-                if key not in piece:
-                    raise ValueError(f"table {name!r}: a saved gradient has no {key!r}")
-            indices, values = piece["indices"], piece["values"]
-            if indices.dim() != 2 or indices.shape[0] != 1:
-                raise ValueError(
-                    f"table {name!r}: the indices of its saved gradient must have shape [1, N], "
-                    f"got {list(indices.shape)}"
-                )
-            if indices.numel() and not 0 <= indices.min() <= indices.max() < self.weight.shape[0]:
-                raise ValueError(
-                    f"table {name!r}: its saved gradient names rows {int(indices.min())} to "
-                    f"{int(indices.max())}, but the table has {self.weight.shape[0]} rows"
-                )
-            _checks.require_rows_of(
-                name,
-                "its saved gradient",
-                values,
-                indices.shape[1],
-                tuple(self.weight.shape[1:]),
-                values.device,
-            )
-            _checks.require_dtype(name, "its saved gradient", values, (self.weight.dtype,))
-            grads.append(
-                torch.sparse_coo_tensor(
-                    indices.to(self.weight.device, copy=True),
-                    values.to(self.weight.device, copy=True),
-                    tuple(self.weight.shape),
-                    device=self.weight.device,
-                    is_coalesced=piece["is_coalesced"],
-                    check_invariants=True,
-                )
-            )
-        return grads[0] if grads else None
-
-    def install_pending(self, built: Any) -> None:
-        """Set ``.grad``."""
-        self.weight.grad = built
-
-
-def _require_contiguous(name: str, weight: torch.Tensor) -> None:
-    if not weight.is_contiguous():
-        raise ValueError(
-            f"{name!r}: the weight must be contiguous; use "
-            f"torch.nn.Parameter(weight.detach().contiguous())"
-        )
-
-
-def _plain_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A contiguous copy, whatever the strides."""
-    return empty(tensor.shape, tensor.dtype, device).copy_(tensor.detach())
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of torch.float32 without "torch."."""
     return str(dtype).removeprefix("torch.")
@@ -386,8 +210,10 @@ def require_piece(name: str, piece: Any) -> None:
 
 def require_moments(
     name: str, saved: dict[str, Any], dtype: torch.dtype, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """The moments [n, D] of a saved entry, of the dtype that a table of ``dtype`` needs.
+
+    And "row_step" [n, 1] int32, if it has that.
 
     Raises:
         ValueError: a key is missing, or shape or dtype do not fit.
@@ -408,7 +234,19 @@ def require_moments(
             )
     if saved["exp_avg"].shape != saved["exp_avg_sq"].shape:
         raise ValueError(f"table {name!r}: the saved exp_avg and exp_avg_sq differ in shape")
-    return saved["exp_avg"], saved["exp_avg_sq"]
+    result = {key: saved[key] for key in ("exp_avg", "exp_avg_sq")}
+    if "row_step" in saved:
+        counts = saved["row_step"]
+        shape = (saved["exp_avg"].shape[0], 1)
+        if not isinstance(counts, torch.Tensor) or (counts.dtype, counts.shape) != (
+            torch.int32,
+            shape,
+        ):
+            raise ValueError(
+                f"table {name!r}: the saved row_step must be int32 {list(shape)}, got {counts!r}"
+            )
+        result["row_step"] = counts
+    return result
 
 
 def recis_impl(value: Any) -> Any | None:
@@ -446,20 +284,43 @@ def as_table(name: str, value: Any) -> Table:
     """
     if isinstance(value, Table):
         return value
+    module = None
     if isinstance(value, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         if not value.sparse:
             raise TypeError(
                 f"{name}: this {type(value).__name__} has dense gradients; create it with "
                 f"sparse=True, or give it to torch.optim.AdamW"
             )
-        value = value.weight
+        module, value = value, value.weight
     if isinstance(value, torch.Tensor):
-        return EmbeddingTable(name, value)
+        from .embedding_table import EmbeddingTable  # it implements Table
+
+        return EmbeddingTable(name, value, module)
     if (impl := recis_impl(value)) is not None:
         from .recis import RecisTable  # it implements Table
 
         return RecisTable.of(name, impl)
     raise TypeError(f"{name}: expected {ACCEPTED}, got {type(value).__name__}")
+
+
+def bring_up_to_date(table: Table, before: int | None = None) -> None:
+    """Give every row what it missed, or those whose last update is before a step. Never waits."""
+    owner = table.lock_owner
+    with contextlib.nullcontext() if owner is None else owner.lock:
+        if (lagging := table.lagging()) is not None:
+            _bring_up_to_date(table, lagging, lagging.missed.t if before is None else before)
+
+
+def _bring_up_to_date(table: Table, lagging: Lagging, before: int) -> None:
+    missed = lagging.missed
+    for begin in range(0, table.num_rows_at_most(), ROWS_AT_A_TIME):
+        end = min(begin + ROWS_AT_A_TIME, table.num_rows_at_most())
+        rows = torch.arange(begin, end, device=table.device)
+        last = functional.gather(lagging.last_step, rows).flatten()
+        # Rows that no id has may be from before the log.
+        rows = torch.where((last >= missed.first) & (last < before), rows, MISSING)
+        table.note_change(rows)
+        functional.catch_up_(lagging, rows)
 
 
 def claim(table: Table, optimizer: object) -> None:

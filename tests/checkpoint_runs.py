@@ -100,15 +100,13 @@ class Resumable:
         return loaded["step"]
 
     def state(self) -> dict[str, Any]:
-        """All there is, a copy, tables by ascending id."""
-        return copy.deepcopy(
-            {
-                "model": by_id(self.model.state_dict()),
-                "tables": by_id(self.tables.state_dict()),
-                "dense": self.dense.state_dict(),
-                "extra": self.extra(),
-            }
-        )
+        """All there is, a copy, tables by ascending id. Rows that are behind stay so here."""
+        model, tables = copy.deepcopy((self.model, self.tables))
+        return {
+            "model": by_id(model.state_dict()),
+            "tables": by_id(tables.state_dict()),
+            **copy.deepcopy({"dense": self.dense.state_dict(), "extra": self.extra()}),
+        }
 
 
 class Training(Resumable):
@@ -122,7 +120,8 @@ class Training(Resumable):
             {"embedding": self.model.embedding, "p": self.model.plain}, lr=torch.tensor(0.01)
         )
         hooked = filter_out_sparse_param(self.model)["of another name"]
-        self.tables.add_param_group({"params": {"h": hooked}, "lr": 0.02, "weight_decay": 0.0})
+        others = {"lr": 0.02, "weight_decay": 0.1, "untouched": "dense"}
+        self.tables.add_param_group({"params": {"h": hooked}, **others})
         self.tables.set_grad_accum_steps(accumulate)
         rest = [*self.model.head.parameters(), self.model.tied.bias]
         self.dense = torch.optim.AdamW(rest, lr=0.01, amsgrad=True)
@@ -183,6 +182,6 @@ def by_id(state: Any) -> Any:
 def rows_of(table: HashTable) -> dict[int, list[list[float]]]:
     """Every value of every row, moments too, by id."""
     ids, rows = table.ids_map()
-    slots = table.slot_group().slots()
+    slots = sorted(table.slot_group().slots(), key=lambda slot: slot.name())
     values = [torch.cat([*slot.values(), slot.value()[:0]])[rows].double() for slot in slots]
     return {int(i): [v[n].tolist() for v in values] for n, i in enumerate(ids)}

@@ -31,6 +31,7 @@ LIST = Path(__file__).with_name("mutations.txt")
 #: Tests that know the kernels best, so that most mutants die early; the others follow.
 FIRST = [
     "test_emulated_update.py",
+    "test_emulated_untouched.py",
     "test_emulated_tables.py",
     "test_emulated_host.py",
     "test_update.py",
@@ -39,6 +40,8 @@ FIRST_FOR = {
     "cuda_src/hash_table.cu": ["test_index.py", "test_emulated_tables.py"],
     "cuda_src/random.cuh": ["test_initializers.py", "test_emulated_tables.py"],
     "cuda_src/rows.cu": ["test_index.py", "test_emulated_update.py"],
+    "cuda_src/untouched.cu": ["test_emulated_untouched.py"],
+    "cuda_src/untouched.cuh": ["test_emulated_untouched.py"],
 }
 #: These test the emulator, with kernels of their own.
 LEFT_OUT = re.compile(r"tests/emulator/")

@@ -215,7 +215,7 @@ def warps(arch: int, usage: Usage, num_threads: int) -> int:
 def _num_threads(file: str) -> int:
     """Threads per block, as the host launches the kernels of a file. `advance` and `store_words`,
     which have next to nothing to do, have fewer."""
-    modules = {"sparse_adamw.cu": "adamw", "group.cu": "segment"}
+    modules = {"sparse_adamw.cu": "adamw", "untouched.cu": "untouched", "group.cu": "segment"}
     return engine_module(modules.get(file, "index")).THREADS
 
 
@@ -237,7 +237,7 @@ takes more registers than here.
 * **spill**, **stack**: bytes per thread, in memory; there should be none.
 * **shared**: bytes per block.
 * **warps**: how many of 64 a multiprocessor holds, in blocks of {_num_threads("sparse_adamw.cu")}
-  threads in `sparse_adamw.cu`, of {_num_threads("rows.cu")} elsewhere.
+  threads in `sparse_adamw.cu` and `untouched.cu`, of {_num_threads("rows.cu")} elsewhere.
 """
     columns = ("registers", "spill", "stack", "shared", "warps")
     yield (

@@ -34,8 +34,9 @@ import torch
 from checkpoint_runs import Training, by_id
 from test_state import bits, differences
 
-from cupy_sparse_adamw import checkpoint
+from cupy_sparse_adamw import checkpoint, functional
 from cupy_sparse_adamw.checkpoint import CheckpointError
+from cupy_sparse_adamw.tables import rows_apart
 
 FULL, NEWEST, INDEX = "step-0000000005", "step-0000000007", "index.json"
 WORKERS = 2
@@ -230,12 +231,14 @@ def said(path: Path) -> dict[str, Any]:
 
 def held(run: Training) -> dict[str, Any]:
     """The same of a training."""
-    model, state = run.model, run.model.state_dict()
+    model = run.model
+    with rows_apart():
+        state = model.state_dict()
     result: dict[str, Any] = {}
     for name, table in (("plain", model.plain), ("of another name", model.hooked)):
-        own = table.state_dict()
-        rows = zip(own["ids"].tolist(), own["embedding"], strict=True)
-        result[name] = {i: as_bytes(row) for i, row in rows}
+        ids, rows = table.ids_map()
+        weights = functional.gather(table.get_slot("embedding"), rows)  # behind or not
+        result[name] = {i: as_bytes(x) for i, x in zip(ids.tolist(), weights, strict=True)}
     rows = enumerate(model.embedding.weight.detach())
     result["embedding"] = {i: as_bytes(row) for i, row in rows}
     for key in ("head.weight", "head.bias", "tied.weight", "tied.bias", "zero_dim", "none_there"):
@@ -281,12 +284,12 @@ class Victim:
         self.run = Training(seed=2, accumulate=2).play(30, 33)
 
     def now(self, extra: Any = None) -> dict[str, Any]:
-        """All that a load could change. Not a copy."""
-        run = self.run
+        """All that a load could change. Rows that are behind stay so."""
+        model, tables = copy.deepcopy((self.run.model, self.run.tables))
         return {
-            "model": by_id(run.model.state_dict()),
-            "tables": by_id(run.tables.state_dict()),
-            "dense": run.dense.state_dict(),
+            "model": by_id(model.state_dict()),
+            "tables": by_id(tables.state_dict()),
+            "dense": self.run.dense.state_dict(),
             "loaded": extra,
         }
 
@@ -391,6 +394,7 @@ def main(folder: Path, begin: int, end: int) -> None:
     run.play(5, 7).save(saved, 7, incremental=True)
     (saved / ".lock").unlink()
     Training().model.plain(torch.arange(5000))  # Numba compiles what a growing index needs
+    run.state()
     began, children = time.perf_counter(), {}
     for k in range(WORKERS):
         now = mmap.mmap(-1, 8)

@@ -43,7 +43,10 @@ START, TRAIN, SAVE, REMOVE, END = range(len(PHASES))
 
 
 class Model(torch.nn.Module):
-    """Users are admitted at their second look-up, and the oldest go; films are an Embedding."""
+    """Users are admitted at their second look-up, and the oldest go; films are an Embedding.
+
+    Words and films that no batch touches move as with dense AdamW.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +71,9 @@ class Training(Resumable):
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = Model()
-        self.tables = SparseAdamW(filter_out_sparse_param(self.model), lr=0.05)
+        tables = filter_out_sparse_param(self.model)
+        self.tables = SparseAdamW({"users": tables.pop("users")}, lr=0.05)
+        self.tables.add_param_group({"params": tables, "untouched": "dense"})
         self.tables.set_grad_accum_steps(ACCUMULATE)
         self.dense = torch.optim.AdamW(self.model.head.parameters(), lr=0.01)
         self.schedulers = [

@@ -107,28 +107,38 @@ def test_speed_is_of_the_formula(monkeypatch):
     assert speed == (400, 100 / 2.0, moved / 2.0, 2 * 1000 * 8 * 4 / 2.0)
 
 
-def wrong_decay(updates, segments, right=cpu.sparse_adamw_):
+def wrong_decay(updates, segments, right=cpu.prepare_sparse_adamw):
     for update in updates:
         update.hyper = update.hyper._replace(weight_decay=0.05)
-    right(updates, segments)
+    return right(updates, segments)
 
 
-def eps_in_float16(updates, segments, right=cpu.sparse_adamw_):
+def eps_in_float16(updates, segments, right=cpu.prepare_sparse_adamw):
     for update in updates:
         update.hyper = update.hyper._replace(eps=float(torch.tensor(1e-8).half()))
-    right(updates, segments)
+    return right(updates, segments)
 
 
-def touches_another_row(updates, segments, right=cpu.sparse_adamw_):
-    right(updates, segments)
-    for update in updates:
-        update.exp_avg.values()[-1][1] += 1  # row 49 of 50
+def touches_another_row(updates, segments, right=cpu.prepare_sparse_adamw):
+    apply = right(updates, segments)
+
+    def and_row_49():
+        apply()
+        for update in updates:
+            update.exp_avg.values()[-1][1] += 1  # of 50
+
+    return and_row_49
 
 
-def gives_nan(updates, segments, right=cpu.sparse_adamw_):
-    right(updates, segments)
-    for update in updates:
-        update.exp_avg_sq.values()[0][0, 0] = torch.nan
+def gives_nan(updates, segments, right=cpu.prepare_sparse_adamw):
+    apply = right(updates, segments)
+
+    def and_nan():
+        apply()
+        for update in updates:
+            update.exp_avg_sq.values()[0][0, 0] = torch.nan
+
+    return and_nan
 
 
 def inserts_twice(index, ids, *args, right=cpu.find_or_insert_):
@@ -160,19 +170,19 @@ def depends_on_neighbours(slot, rows, ids, seed, distribution, right=cpu.init_ro
 @pytest.mark.parametrize(
     ("operation", "broken", "complaint"),
     [
-        ("sparse_adamw_", wrong_decay, "weights of a float32 table are off by "),
+        ("prepare_sparse_adamw", wrong_decay, "weights of a float32 table are off by "),
         (
-            "sparse_adamw_",
+            "prepare_sparse_adamw",
             wrong_decay,
             "weights of a bfloat16 table are more than one unit in the last place off",
         ),
         (
-            "sparse_adamw_",
+            "prepare_sparse_adamw",
             touches_another_row,
             "exp_avg of a bfloat16 table change where there is no gradient",
         ),
-        ("sparse_adamw_", eps_in_float16, "weights of a float32 table are off by nan"),
-        ("sparse_adamw_", gives_nan, "exp_avg_sq of a float32 table are off by nan"),
+        ("prepare_sparse_adamw", eps_in_float16, "weights of a float32 table are off by nan"),
+        ("prepare_sparse_adamw", gives_nan, "exp_avg_sq of a float32 table are off by nan"),
         (
             "find_or_insert_",
             inserts_twice,
@@ -199,8 +209,8 @@ def test_a_broken_engine_is_found(monkeypatch, capsys, operation, broken, compla
 
 def test_a_broken_reference_is_found(monkeypatch):
     reference = functional.load_engine("reference")
-    right = reference.sparse_adamw_
-    monkeypatch.setattr(reference, "sparse_adamw_", lambda u, s: wrong_decay(u, s, right))
+    right = reference.prepare_sparse_adamw
+    monkeypatch.setattr(reference, "prepare_sparse_adamw", lambda u, s: wrong_decay(u, s, right))
     assert any("weights of a float64" in problem for problem in _doctor.check("reference"))
 
 

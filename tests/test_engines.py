@@ -23,26 +23,32 @@ from cupy_sparse_adamw import HashTable, NormalInitializer, functional
 from cupy_sparse_adamw._types import Slot
 
 OPERATIONS = [
+    "catch_up_",
     "coalesce",
     "copy_to_host",
     "delete_",
+    "extend_rules_",
     "find",
     "find_or_insert_",
     "gather",
+    "gather_current",
     "init_rows_",
     "insert_",
     "is_capturing",
+    "prepare_sparse_adamw",
     "rehash_",
     "scatter_",
     "segment",
-    "sparse_adamw_",
 ]
+#: Those that work on the host whatever the device, so that only host engines have them.
+ON_THE_HOST = {"extend_rules_"}
 
 
 def test_one_name_and_signature_everywhere(engine):
     module = functional.load_engine(engine)
-    assert module.__all__ == OPERATIONS
-    for operation in OPERATIONS:
+    on_the_host = engine in ("reference", "cpu")
+    assert module.__all__ == [o for o in OPERATIONS if on_the_host or o not in ON_THE_HOST]
+    for operation in module.__all__:
         names = [
             list(inspect.signature(getattr(place, operation)).parameters)
             for place in (functional, module)
@@ -267,6 +273,23 @@ def test_parallel_for_ends_only_when_all_parts_have(monkeypatch):
     assert isinstance(error, KeyboardInterrupt)
     assert sorted(ended) == [0, 1]
     assert not interrupts
+
+
+def test_parts_are_run_by_whatever_threads_there_are(monkeypatch):
+    from cupy_sparse_adamw.engines.cpu import _threads
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(_threads, "_threads", [])
+    monkeypatch.setattr(_threads, "_jobs", queue.SimpleQueue())
+    expected = [(part, 10 * part // 7, 10 * (part + 1) // 7) for part in range(7)]
+    assert _threads.run_parts(lambda *args: args, 10, 7) == expected
+    assert _threads._threads == []
+    _threads.start_threads(2)
+    assert len(_threads._threads) == 1
+    assert _threads.run_parts(lambda *args: args, 10, 7) == expected
+    _threads.start_threads(7)
+    assert len(_threads._threads) == 2
+    assert _threads.parallel_for(lambda *args: args, 10, 7) == expected
 
 
 def test_a_helper_that_comes_late_finds_nothing_to_do():

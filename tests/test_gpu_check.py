@@ -304,7 +304,9 @@ def test_kernels_that_a_sanitizer_names(line, kernel, is_ours):
 
 def test_every_kernel_of_ours_is_known():
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "cuda_src").iterdir()]
-    assert len(gpu_sanitizer.our_kernels()) == sum(x.count('extern "C" __global__') for x in texts)
+    written_twice = 2  # update and finish, once for rows that may be behind
+    count = sum(x.count('extern "C" __global__') for x in texts)
+    assert len(gpu_sanitizer.our_kernels()) == count - written_twice
     assert {"update", "finish", "coalesce_finish", "make_keys_64"} <= gpu_sanitizer.our_kernels()
 
 

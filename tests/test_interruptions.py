@@ -1,15 +1,28 @@
-"""Ctrl-C in an update, and an exception in a closure."""
+"""Ctrl-C wherever it may come, and an exception in a closure.
+
+The campaign presses Ctrl-C as the n-th line of this package begins, for n = 1, 2, 3, ..., or for
+400 of them, if there are more (SOAK=1), or for 20 (every other run).
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import functools
 import signal
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from operations import CASES, SOAK
 from oracle import bits
 
+import cupy_sparse_adamw
 from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, functional
+
+PACKAGE = str(Path(cupy_sparse_adamw.__file__).parent)
 
 SIZES = {"wide": (8, torch.float32), "narrow": (3, torch.float32), "exact": (3, torch.float64)}
 
@@ -55,20 +68,26 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_ctrl_c_between_two_groups_waits_for_the_second(monkeypatch):
     tables, optimizer = training()
     backward(tables, 0)
-    right, seen = functional.sparse_adamw_, []
+    right, seen = functional.prepare_sparse_adamw, []
 
     def pressed(updates, segments):
-        for group in segments.groups:
-            signal.raise_signal(signal.SIGINT)
-            seen.append(
-                right(
-                    [updates[n] for n in group[0]],
-                    functional.Segments([([*range(len(group[0]))], *group[1:])]),
-                )
+        steps = [
+            right(
+                [updates[n] for n in group[0]],
+                functional.Segments([([*range(len(group[0]))], *group[1:])]),
             )
-        return []
+            for group in segments.groups
+        ]
 
-    monkeypatch.setattr(functional, "sparse_adamw_", pressed)
+        def apply():
+            for step in steps:
+                signal.raise_signal(signal.SIGINT)
+                seen.append(step())
+            return []
+
+        return apply
+
+    monkeypatch.setattr(functional, "prepare_sparse_adamw", pressed)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert len(seen) == 3
@@ -110,3 +129,52 @@ def test_an_exception_in_a_closure_changes_nothing():
         its.step()
         its.step()
     assert equal(contents(tables, optimizer), contents(twins, twin))
+
+
+@functools.cache
+def skipped_lines(path: str) -> set[int]:
+    """Where Python never looks for signals: as a ``finally`` begins. It does so after calls."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and node.finalbody]
+    return {node.finalbody[0].lineno for node in tries}
+
+
+class Pressed(contextlib.AbstractContextManager):
+    """Counts the lines of this package that are run, and presses Ctrl-C as one of them begins.
+
+    The signal is a real one: where it is held back, so it is here.
+    """
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.at, self.count = at, 0
+
+    def __enter__(self) -> Pressed:
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *raised) -> None:
+        sys.settrace(None)
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def _called(self, frame, event, arg):
+        # What a finalizer raises, Python prints and forgets.
+        if "__del__" in (frame.f_code.co_name, frame.f_back and frame.f_back.f_code.co_name):
+            return None
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame, event, arg):
+        if event == "line" and frame.f_lineno not in skipped_lines(frame.f_code.co_filename):
+            self.count += 1
+            if self.count == self.at:
+                signal.raise_signal(signal.SIGINT)
+        return self._line
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ctrl_c_at_any_line_leaves_all_as_before_or_after(name):
+    with torch.random.fork_rng():
+        at_most = 400 if SOAK else 20
+        presses = CASES[name].run(Pressed, [KeyboardInterrupt], at_most)
+    print(f"{name}: {presses} presses")

@@ -18,12 +18,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cupy_sparse_adamw"
 
-LEAVES = {"_checks", "_memory", "_types"}
+LEAVES = {"_checks", "_locks", "_memory", "_types"}
 ENGINES = {"engines.cpu", "engines.cuda"}
 ANYTHING = {"*"}
 
 # What each layer may import, besides itself.
 ALLOWED = {
+    "_locks": set(),
     "_memory": set(),
     "_types": {"_memory"},
     "_checks": {"_types"},
@@ -34,36 +35,48 @@ ALLOWED = {
     "engines.cuda": LEAVES | {"cuda_src"},
     "cuda_src": set(),
     "functional": LEAVES | {"reference"} | ENGINES,
-    "tables": LEAVES | {"recis"},
+    "missed_steps": LEAVES | {"functional"},
+    "tables": LEAVES | {"functional", "missed_steps", "embedding_table", "recis"},
+    "embedding_table": LEAVES | {"functional", "missed_steps", "tables"},
+    "embedding_hooks": LEAVES | {"functional", "tables", "embedding_table"},
+    "untouched": LEAVES | {"missed_steps", "tables", "embedding_table", "embedding_hooks"},
     "recis": LEAVES | {"functional", "tables"},
     "row_bound": LEAVES | {"functional"},
     "saved_rows": LEAVES,
-    "row_store": LEAVES | {"functional", "row_bound", "saved_rows"},
+    "row_store": LEAVES | {"functional", "row_bound", "saved_rows", "missed_steps"},
     "lookup_grads": LEAVES | {"functional", "row_store"},
-    "row_table": LEAVES | {"functional", "row_store", "lookup_grads", "tables"},
+    "row_table": LEAVES | {"functional", "row_store", "lookup_grads", "missed_steps", "tables"},
     "children": LEAVES,
     "slices": LEAVES,
     "hooks": LEAVES,
     "policies": LEAVES | {"functional", "hooks"},
     "hash_table": LEAVES
-    | {"functional", "row_store", "lookup_grads", "row_table"}
+    | {"functional", "row_store", "lookup_grads", "row_table", "tables"}
     | {"initializers", "children", "slices", "hooks", "policies"},
     "state_dicts": LEAVES | {"hash_table"},
-    "optim": LEAVES | {"functional", "tables", "hash_table"},
+    "optimizer_state": LEAVES | {"missed_steps"},
+    "optim": LEAVES
+    | {"functional", "missed_steps", "tables", "untouched", "hash_table", "optimizer_state"},
     "checkpoint.plain_state": LEAVES,
     "checkpoint.files": LEAVES,
     "checkpoint.index": LEAVES | {"checkpoint.files"},
-    "checkpoint.tables": LEAVES | {"functional", "tables", "hash_table", "row_store", "saved_rows"},
+    "checkpoint.tables": LEAVES
+    | {"functional", "tables", "hash_table", "row_store", "row_table", "saved_rows"}
+    | {"missed_steps", "embedding_table"},
     "checkpoint": LEAVES
     | {"checkpoint.files", "checkpoint.index", "checkpoint.tables", "checkpoint.plain_state"}
-    | {"tables", "hash_table", "optim"},
+    | {"tables", "embedding_table", "hash_table", "optim", "optimizer_state", "row_store"}
+    | {"missed_steps"},
     "_doctor": LEAVES | {"functional"},
     "__init__": ANYTHING,
     "__main__": ANYTHING,
 }
 
 # Imported inside functions only, in the branch that needs it.
-LAZY = {("functional", engine) for engine in ENGINES} | {("tables", "recis")}
+LAZY = {("functional", engine) for engine in ENGINES} | {
+    ("tables", "recis"),
+    ("tables", "embedding_table"),
+}
 
 # The one layer that may import each of these.
 OWNER = {

@@ -362,12 +362,13 @@ class Report:
 def reported(monkeypatch) -> list[Report]:
     """Reports that the next updates return, in order."""
     following: list[Report] = []
-    right = functional.sparse_adamw_
+    right = functional.prepare_sparse_adamw
 
-    def sparse_adamw_(updates, segments):
-        return [*right(updates, segments), *([following.pop(0)] if updates else [])]
+    def prepare_sparse_adamw(updates, segments):
+        apply = right(updates, segments)
+        return lambda: [*apply(), *([following.pop(0)] if updates else [])]
 
-    monkeypatch.setattr(functional, "sparse_adamw_", sparse_adamw_)
+    monkeypatch.setattr(functional, "prepare_sparse_adamw", prepare_sparse_adamw)
     return following
 
 

@@ -95,7 +95,16 @@ def make(request):
 
 def test_signature():
     empty = inspect.Parameter.empty
-    parameters = inspect.signature(SparseAdamW).parameters.values()
+    switches = {
+        "untouched": "skip",
+        "eps_mode": "torch",
+        "bias_correction": "table",
+        "maximize": False,
+    }
+    every = inspect.signature(SparseAdamW).parameters.values()
+    own = [p for p in every if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert {p.name: p.default for p in own} == switches
+    parameters = [p for p in every if p not in own]
     assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     names = ["param_dict", "lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad"]
     assert [p.name for p in parameters] == names
@@ -110,6 +119,8 @@ def test_param_groups_hold_what_schedulers_look_for():
     optimizer = SparseAdamW({"a": table, "b": embedding}, 0.25, 0.75, 0.99, 1e-6, 0.5)
     (group,) = optimizer.param_groups
     settings = {"lr": 0.25, "betas": (0.75, 0.99), "eps": 1e-6, "weight_decay": 0.5}
+    settings |= {"untouched": "skip", "eps_mode": "torch"}
+    settings |= {"bias_correction": "table", "maximize": False}
     assert group == {**settings, "params": group["params"]}
     assert [id(key) for key in group["params"]] == [id(table), id(embedding.weight)]
     assert repr(optimizer).startswith("SparseAdamW (")

@@ -55,7 +55,7 @@ def step(tables: list[Table], pending: list[Pending]) -> None:
         Update(gradients, *table.slots[1:], table.t, table.hyper)
         for table, gradients in zip(tables, pending, strict=True)
     ]
-    for report in functional.sparse_adamw_(updates, segments):
+    for report in functional.prepare_sparse_adamw(updates, segments)():
         if error := report.error():
             assert report.ready()
             raise error
@@ -147,7 +147,7 @@ def test_many_tables_in_one_step(engine):
     tables, oracles = [], []
     for (size, dim, dtype), hyper in zip(cases, hypers, strict=True):
         tables.append(Table(torch.randn(size, dim, dtype=dtype), 3, hyper))
-        oracles.append(Oracle(tables[-1].values()[0], **hyper._asdict()))
+        oracles.append(Oracle(tables[-1].values()[0], *hyper[:5]))
     for i in range(20):
         chosen = [n for n in range(5) if (i + n) % 3]  # counts of steps drift apart
         pending = []

@@ -18,14 +18,18 @@ import torch
 
 from .._checks import require_int
 from .._types import MOMENT_DTYPE
-from ..hash_table import HashTable, rows_apart
+from ..embedding_table import EmbeddingTable
+from ..hash_table import HashTable
+from ..missed_steps import MissedSteps
 from ..optim import SparseOptimizer
-from ..tables import EmbeddingTable, Table, as_table, filter_out_sparse_param
+from ..optimizer_state import build_state, export_state
+from ..row_store import LAST_STEP, OPTIMIZER_SLOTS
+from ..tables import Table, as_table, filter_out_sparse_param, rows_apart
 from . import files
 from .files import CheckpointError, Reader, Writer
 from .index import FORMAT, STEP, checkpoints, parts_of, read_chain, remove_old, usable
 from .plain_state import Reference, pack, unpack
-from .tables import IDS, MOMENTS, HashTableRows, TableRows, WeightRows
+from .tables import IDS, HashTableRows, TableRows, WeightRows
 
 __all__ = ["CheckpointError", "latest", "load", "save"]
 
@@ -79,6 +83,9 @@ def save(
         raise ValueError(f"step must be below 10**19, got {step}")
     optimizers = _optimizers(optimizer)
     tables = _tables(model, optimizers)
+    for table in tables.values():
+        if table.owner is None:  # nobody saves what its rows have missed
+            table.bring_up_to_date()
     dense = _Dense()
     state = {
         "model": None if model is None else pack(_state_of(model, tables), "model", dense.shared),
@@ -177,7 +184,7 @@ def load(
         tables = _tables(model, optimizers)
         _require_fits(chain, tables, with_moments=bool(optimizers))
         for name, table in tables.items():
-            _build_table(chain, name, table, with_moments=bool(optimizers))
+            _build_table(chain, name, table, saved, with_moments=bool(optimizers))
         _install(saved, model, optimizers, tables)
         if index["follow"]:
             checkpoint = str(newest.folder.resolve().parent), newest.folder.name, newest.checksum
@@ -275,7 +282,7 @@ def _lone(
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if isinstance(optimizer, SparseOptimizer):
-        return optimizer._export_state(moments=False)
+        return export_state(optimizer, moments=False)
     return optimizer.state_dict()
 
 
@@ -456,7 +463,22 @@ def _require_fits(chain: list[Reader], tables: Mapping[str, TableRows], with_mom
             table.require_fits(entry["slots"], entry["rows"], with_moments)
 
 
-def _build_table(chain: list[Reader], name: str, table: TableRows, with_moments: bool) -> None:
+def _log_of(saved: dict[str, Any], owner: list[str] | None) -> MissedSteps | None:
+    """What a table's rows have missed, by the saved state of its optimizer, if they may have."""
+    if owner is None:
+        return None
+    state = saved["optimizers"][owner[0]]
+    which = state["state"].get(owner[1], {}).get("missed")
+    return None if which is None else MissedSteps.replayed(state["missed_steps"][which])
+
+
+def _build_table(
+    chain: list[Reader],
+    name: str,
+    table: TableRows,
+    saved: dict[str, Any],
+    with_moments: bool,
+) -> None:
     """Build a table beside the one that there is."""
     parts = parts_of(chain, name)
     newest = parts[0][1]
@@ -466,8 +488,12 @@ def _build_table(chain: list[Reader], name: str, table: TableRows, with_moments:
     for reader, entry in parts:  # before memory is taken for what an index claims to have
         for chunk in entry["chunks"]:
             reader.require_there(chunk["file"])
-    moments = with_moments and MOMENTS[0] in newest["slots"]
-    table.start(newest["rows"], moments)
+    with _naming(chain[0], files.INDEX):
+        log = _log_of(saved, newest["owner"])
+        if (log is not None) != (LAST_STEP in newest["slots"]):
+            raise ValueError(f"table {name!r} has either steps of rows or a log of steps, not both")
+    keys = [key for key, slot in OPTIMIZER_SLOTS.items() if slot in newest["slots"]]
+    table.start(newest["rows"], keys if with_moments or log is not None else [], log)
     for reader, entry in reversed(parts):
         slots = entry["slots"]
         for file in entry["deleted"]:
@@ -489,7 +515,7 @@ def _build_table(chain: list[Reader], name: str, table: TableRows, with_moments:
 def _naming(reader: Reader, file: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{reader.folder / file} is not what was saved: {error}") from error
 
 
@@ -614,7 +640,7 @@ def _build_optimizer(
     for name in state["state"]:
         if name in tables and tables[name].moments is None:
             raise ValueError(f"the checkpoint has no moments of table {name!r}")
-    return optimizer._build_state(state, {name: rows.moments for name, rows in tables.items()})
+    return build_state(optimizer, state, {name: rows.moments for name, rows in tables.items()})
 
 
 def _like_devices(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,22 @@ import torch
 from .. import functional
 from .._memory import empty
 from .._types import MOMENT_DTYPE, Slot
+from ..embedding_table import EmbeddingTable, table_behind
 from ..hash_table import HashTable
-from ..row_store import EMBEDDING, EXP_AVG, EXP_AVG_SQ, RowStore
+from ..missed_steps import MissedSteps
+from ..row_store import EMBEDDING, EXP_AVG, EXP_AVG_SQ, LAST_STEP, OPTIMIZER_SLOTS, RowStore
+from ..row_table import RowTable
 from ..saved_rows import SavedRows
-from ..tables import EmbeddingTable, dtype_name, require_moments
+from ..tables import (
+    bring_up_to_date,
+    dtype_name,
+    require_moments,
+)
 
 #: Bytes that scanning takes for each row that it looks at, whether or not it is written.
 SCAN_BYTES = 64
 IDS = "ids"
-MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+OF_OPTIMIZER = tuple(OPTIMIZER_SLOTS.values())
 
 #: name of a slot -> {"dtype": "float32", "dim": D}
 Layout = dict[str, dict[str, Any]]
@@ -51,13 +58,14 @@ class TableRows:
         self.state = state
         self.in_model = in_model
         self.device = table.device
-        #: exp_avg and exp_avg_sq that were built, for ``install_moments``; None if there are none.
-        self.moments: tuple[Any, Any] | None = None
+        #: What was built for ``install_moments``; None if there is nothing.
+        self.moments: dict[str, Any] | None = None
+        self._log: MissedSteps | None = None
 
     # ------------------------------------------------------------------ reading it
 
     def slots(self) -> dict[str, Slot]:
-        """What is saved of each row, by name: moments only after an update."""
+        """What is saved of each row, by name: what the optimizer keeps only after an update."""
         raise NotImplementedError
 
     def num_rows(self) -> int:
@@ -116,6 +124,13 @@ class TableRows:
             name: functional.gather(slot, rows) for name, slot in slots.items()
         }
 
+    def bring_up_to_date(self) -> None:
+        """Give rows what they missed, if they may be behind."""
+        weight = getattr(self.table, "weight", None)
+        table = self.table if weight is None else table_behind(weight)
+        if table is not None:
+            bring_up_to_date(table)
+
     # ------------------------------------------------------------------ increments
 
     def saved_rows(self) -> SavedRows | None:
@@ -130,16 +145,19 @@ class TableRows:
 
     def require_fits(self, layout: Layout, rows: int, moments: bool) -> None:
         """Raise ValueError or TypeError if so many rows of this layout do not fit the table."""
-        own = {name: slot for name, slot in self.slots().items() if name not in MOMENTS}
+        own = {name: slot for name, slot in self.slots().items() if name not in OF_OPTIMIZER}
         for missing in own.keys() - layout.keys():
             raise ValueError(f"table {self.name!r}: the checkpoint has no slot {missing!r}")
-        for unknown in layout.keys() - own.keys() - set(MOMENTS):
+        for unknown in layout.keys() - own.keys() - set(OF_OPTIMIZER):
             raise ValueError(
                 f"table {self.name!r}: the checkpoint has a slot {unknown!r} that it has not; make "
                 f"it with the hooks that it was saved with"
             )
         if (EXP_AVG in layout) != (EXP_AVG_SQ in layout):
             raise ValueError(f"table {self.name!r}: the checkpoint has one of two moments")
+        for name in OF_OPTIMIZER[2:]:
+            if name in layout and layout[name] != {"dtype": "int32", "dim": 1}:
+                raise ValueError(f"table {self.name!r}: the saved {name} is {layout[name]}")
         for name, slot in own.items():
             dim, dtype = layout[name]["dim"], getattr(torch, layout[name]["dtype"])
             if dim != slot.dim:
@@ -148,27 +166,46 @@ class TableRows:
                 )
             if dtype.is_floating_point != slot.dtype.is_floating_point:
                 raise TypeError(f"table {self.name!r}: {name} must be {slot.dtype}, got {dtype}")
-        if moments and EXP_AVG in layout:
-            saved = {
+        if LAST_STEP in layout and EXP_AVG not in layout:
+            raise ValueError(f"table {self.name!r}: the checkpoint has steps and no moments")
+        if (moments or LAST_STEP in layout) and EXP_AVG in layout:
+            saved: dict[str, Any] = {
                 key: torch.empty(
                     0, layout[name]["dim"], dtype=getattr(torch, layout[name]["dtype"])
                 )
-                for key, name in zip(("exp_avg", "exp_avg_sq"), MOMENTS, strict=True)
+                for key, name in list(OPTIMIZER_SLOTS.items())[:2]
             }
             saved["dtype"] = layout[EMBEDDING]["dtype"]
             require_moments(self.name, saved, own[EMBEDDING].dtype, own[EMBEDDING].dim)
 
-    def start(self, rows: int, moments: bool) -> None:
-        """Begin to build a table of so many rows, beside the one that there is."""
+    def start(self, rows: int, keys: Sequence[str], log: MissedSteps | None) -> None:
+        """Begin to build a table of so many rows, beside the one that there is.
+
+        Args:
+            rows: how many.
+            keys: what of the optimizer's is built with them.
+            log: what the rows have missed that are behind, if they are to be brought up to date.
+        """
         raise NotImplementedError
 
     def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """Set values [n, D] by name of slot for ids [n] int64, all on the CPU.
 
         Raises:
-            ValueError: an id cannot be.
+            ValueError: an id cannot be, or the step of its last update.
         """
         raise NotImplementedError
+
+    def _require_steps(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError if a row's last update is at a step that the log does not have."""
+        last, log = values.get(LAST_STEP), self._log
+        if last is None or not last.numel():
+            return
+        if log is None or not log.first <= int(last.min()) <= int(last.max()) <= log.t:
+            raise ValueError(
+                f"table {self.name!r}: rows were updated last at steps {int(last.min())} to "
+                f"{int(last.max())}, which is not in the saved log"
+            )
 
     def delete(self, ids: torch.Tensor) -> None:
         """Take out ids [n] int64."""
@@ -179,7 +216,10 @@ class TableRows:
         raise NotImplementedError
 
     def finish(self, keep_moments: bool) -> None:
-        """All has been put; ``keep_moments``: those at hand stay with their ids."""
+        """All has been put; ``keep_moments``: those at hand stay with their ids.
+
+        Then no row is behind: those that were built are brought up to date, as are those at hand.
+        """
         raise NotImplementedError
 
     def exchange(self) -> None:
@@ -209,7 +249,7 @@ class HashTableRows(TableRows):
         return {
             name: slot
             for name, slot in self._store.slots.items()
-            if name not in MOMENTS or self.has_moments()
+            if name not in OF_OPTIMIZER or self.has_moments()
         }
 
     def num_rows(self) -> int:
@@ -232,13 +272,13 @@ class HashTableRows(TableRows):
         """See ``TableRows``."""
         self._store.note_saved(checkpoint)
 
-    def start(self, rows: int, moments: bool) -> None:
+    def start(self, rows: int, keys: Sequence[str], log: MissedSteps | None) -> None:
         """See ``TableRows``."""
         self._built = self._store.empty_like()
-        if moments:
-            self._built.slots[EXP_AVG], self._built.slots[EXP_AVG_SQ] = self._built.new_moments()
+        for key in keys:
+            self._built.slots[OPTIMIZER_SLOTS[key]] = self._built.new_slot(key)
         self._accepted = 0
-        self._has_moments = moments
+        self._keys, self._log = keys, log
         own = self.table._slice
         self._takes_all = (own.slice_begin, own.slice_end) == (0, own.slice_size)
         self._rows = rows
@@ -247,6 +287,7 @@ class HashTableRows(TableRows):
 
     def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """See ``TableRows``. Ids of other slices are passed over."""
+        self._require_steps(values)
         accepted = self.table.accepts(ids)
         if not bool(accepted.all()):
             ids, values = ids[accepted], {name: value[accepted] for name, value in values.items()}
@@ -277,16 +318,26 @@ class HashTableRows(TableRows):
             raise ValueError(
                 f"table {self.name!r} comes to {built.num_rows} rows, {self._rows} were saved"
             )
-        if self._has_moments:
-            self.moments = built.slots.pop(EXP_AVG), built.slots.pop(EXP_AVG_SQ)
-        elif keep_moments and EXP_AVG in old.slots:
-            moments = built.new_moments()
-            for begin in range(0, built.num_numbered, 1 << 16):
-                rows = built.rows_between(begin, begin + (1 << 16))
-                old_rows = old.find(built.ids_of(rows))
-                for name, slot in zip(MOMENTS, moments, strict=True):
-                    functional.scatter_(slot, rows, functional.gather(old.slots[name], old_rows))
-            built.slots[EXP_AVG], built.slots[EXP_AVG_SQ] = moments
+        if keep_moments and self._log is not None:
+            built.missed = self._log
+            bring_up_to_date(_OfStore(built))
+            built.missed = None
+        taken = {key: built.slots.pop(OPTIMIZER_SLOTS[key]) for key in self._keys}
+        if not keep_moments:
+            self.moments = taken or None
+            return
+        self.bring_up_to_date()
+        kept = {
+            name: built.new_slot(key) for key, name in OPTIMIZER_SLOTS.items() if name in old.slots
+        }
+        for begin in range(0, built.num_numbered, 1 << 16):
+            rows = built.rows_between(begin, begin + (1 << 16))
+            old_rows = old.find(built.ids_of(rows))
+            for name, slot in kept.items():
+                functional.scatter_(slot, rows, functional.gather(old.slots[name], old_rows))
+        if old.missed is not None:
+            kept[LAST_STEP].fill(old.missed.t)
+        built.slots.update(kept)
 
     def exchange(self) -> None:
         """See ``TableRows``."""
@@ -295,6 +346,13 @@ class HashTableRows(TableRows):
     def install(self) -> None:
         """See ``TableRows``."""
         del self._built  # what the table was
+
+
+class _OfStore(RowTable):
+    """Rows that are being built, for ``bring_up_to_date``."""
+
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
 
 
 class WeightRows(TableRows):
@@ -310,8 +368,11 @@ class WeightRows(TableRows):
         slots = {EMBEDDING: Slot.over(EMBEDDING, self.table.weight.detach())}
         if self.has_moments():
             self.table._require_moments(self.name, self.state)
-            slots[EXP_AVG] = Slot.over(EXP_AVG, self.state["exp_avg"])
-            slots[EXP_AVG_SQ] = Slot.over(EXP_AVG_SQ, self.state["exp_avg_sq"])
+            slots |= {
+                name: Slot.over(name, self.state[key])
+                for key, name in OPTIMIZER_SLOTS.items()
+                if key in self.state
+            }
         return slots
 
     def num_rows(self) -> int:
@@ -344,7 +405,7 @@ class WeightRows(TableRows):
 
     def _versions(self) -> list[Any] | None:
         """What an in-place operation of torch changes; our engines write past torch."""
-        tensors = [self.table.weight, self.state.get("exp_avg"), self.state.get("exp_avg_sq")]
+        tensors = [self.table.weight, *map(self.state.get, OPTIMIZER_SLOTS)]
         if any(x is not None and x.is_inference() for x in tensors):
             return None  # such tensors count no versions
         return [None if x is None else (x.data_ptr(), x.shape, x._version) for x in tensors]
@@ -358,21 +419,27 @@ class WeightRows(TableRows):
                 f"{len(self.table)}"
             )
 
-    def start(self, rows: int, moments: bool) -> None:
+    def start(self, rows: int, keys: Sequence[str], log: MissedSteps | None) -> None:
         """See ``TableRows``."""
-        slots = self.slots()
-        dtypes = {EMBEDDING: slots[EMBEDDING].dtype}
-        if moments:
-            dtypes |= dict.fromkeys(MOMENTS, MOMENT_DTYPE[dtypes[EMBEDDING]])
-        shape = self.table.weight.shape
+        dtype, (count, dim) = self.table.weight.dtype, self.table.weight.shape
+        self._keys, self._log = keys, log
+        moment = MOMENT_DTYPE[dtype]
+        kinds = {
+            EMBEDDING: (dim, dtype),
+            EXP_AVG: (dim, moment),
+            EXP_AVG_SQ: (dim, moment),
+            **dict.fromkeys(OF_OPTIMIZER[2:], (1, torch.int32)),
+        }
         self._tensors = {
-            name: empty(shape, dtype, self.device).zero_() for name, dtype in dtypes.items()
+            name: empty((count, kinds[name][0]), kinds[name][1], self.device).zero_()
+            for name in (EMBEDDING, *map(OPTIMIZER_SLOTS.__getitem__, keys))
         }
         self._built = {name: Slot.over(name, x) for name, x in self._tensors.items()}
         self._has = torch.zeros(rows, dtype=torch.bool, device="cpu")
 
     def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """See ``TableRows``."""
+        self._require_steps(values)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.table):
             raise ValueError(
                 f"table {self.name!r}: rows {int(ids.min())} to {int(ids.max())} are saved of a "
@@ -396,8 +463,16 @@ class WeightRows(TableRows):
 
     def finish(self, keep_moments: bool) -> None:
         """See ``TableRows``."""
-        if EXP_AVG in self._tensors:
-            self.moments = self._tensors[EXP_AVG], self._tensors[EXP_AVG_SQ]
+        built = {key: self._tensors[OPTIMIZER_SLOTS[key]] for key in self._keys}
+        if not keep_moments:
+            self.moments = built or None
+            return
+        if self._log is not None:
+            weight = torch.nn.Parameter(self._tensors[EMBEDDING], requires_grad=False)
+            saved = EmbeddingTable(self.name, weight)
+            saved.begin_to_miss(built, self._log, as_saved=True)
+            bring_up_to_date(saved)
+        self.bring_up_to_date()
 
     def exchange(self) -> None:
         """Swaps nothing, but torch will write the weight onto itself, and count that."""

@@ -4,24 +4,28 @@ Every operation has the name and signature of its fast counterpart in ``engines`
 runs them on the same cases.
 """
 
-from .adamw import coalesce, segment, sparse_adamw_
+from .adamw import coalesce, prepare_sparse_adamw, segment
 from .blocks import gather, scatter_
 from .device import copy_to_host, is_capturing
 from .index import delete_, find, find_or_insert_, insert_, rehash_
 from .random import init_rows_
+from .untouched import catch_up_, extend_rules_, gather_current
 
 __all__ = [
+    "catch_up_",
     "coalesce",
     "copy_to_host",
     "delete_",
+    "extend_rules_",
     "find",
     "find_or_insert_",
     "gather",
+    "gather_current",
     "init_rows_",
     "insert_",
     "is_capturing",
+    "prepare_sparse_adamw",
     "rehash_",
     "scatter_",
     "segment",
-    "sparse_adamw_",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .._checks import row_error
-from .._types import MISSING, MOMENT_DTYPE, Pending, Update
+from .._types import MISSING, MOMENT_DTYPE, Pending, Slot, Update
 from .blocks import gather, scatter_
+from .untouched import caught_up
 
 
 @dataclasses.dataclass
@@ -51,35 +52,71 @@ def segment(pending: Sequence[Pending]) -> Segments:
     return segments
 
 
-def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
-    """Apply one AdamW step to the rows that ``segments`` names, then advance each table's t.
+def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Callable[[], None]:
+    """One AdamW step on the rows that ``segments`` names, all but done: nothing is written.
 
     Args:
-        updates: the tables of one group (one dtype, one D), in the order of ``segments``.
+        updates: the tables of one group (one dtype, one D, one kind), in the order of ``segments``.
         segments: their gradients, from ``segment``.
+
+    Returns:
+        A function that writes the rows and advances each table's t.
     """
-    for update, rows, sums in zip(updates, segments.rows, segments.sums, strict=True):
-        lr, (_, beta1, beta2, eps, weight_decay) = float(update.hyper.lr), update.hyper
-        t = int(update.step) + 1
-        bias_correction1 = 1 - beta1**t
-        bias_correction2 = 1 - beta2**t
-        dtype = MOMENT_DTYPE[update.pending.param.dtype]
+    writes = [
+        (slot, rows, values)
+        for update, rows, sums in zip(updates, segments.rows, segments.sums, strict=True)
+        for slot, values in _updated(update, rows, sums)
+    ]
 
-        grad = sums.to(dtype)
-        exp_avg = gather(update.exp_avg, rows)
-        exp_avg_sq = gather(update.exp_avg_sq, rows)
-        param = gather(update.pending.param, rows).to(dtype)
+    def apply() -> None:
+        for slot, rows, values in writes:
+            scatter_(slot, rows, values.to(slot.dtype))
+        for update in updates:
+            update.step.add_(1)
 
-        exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq + (1 - beta2) * (grad * grad - exp_avg_sq)
-        denom = exp_avg_sq.sqrt() / bias_correction2**0.5 + eps
-        param = param - (lr / bias_correction1 * exp_avg / denom + lr * weight_decay * param)
+    return apply
 
-        scatter_(update.exp_avg, rows, exp_avg)
-        scatter_(update.exp_avg_sq, rows, exp_avg_sq)
-        scatter_(update.pending.param, rows, param.to(update.pending.param.dtype))
-    for update in updates:
-        update.step.add_(1)
+
+def _updated(
+    update: Update, rows: torch.Tensor, sums: torch.Tensor
+) -> list[tuple[Slot, torch.Tensor]]:
+    """What the step writes to each slot of one table, [U, D] or [U, 1].
+
+    Args:
+        update: the table.
+        rows: [U] int64, distinct.
+        sums: their gradients [U, D] float64.
+    """
+    slots = update.pending.param, update.exp_avg, update.exp_avg_sq
+    kind, hyper = update.pending.kind, update.hyper
+    lr, beta1, beta2 = float(hyper.lr), hyper.beta1, hyper.beta2
+    dtype = MOMENT_DTYPE[update.pending.param.dtype]
+    param, exp_avg, exp_avg_sq = (gather(slot, rows).to(dtype) for slot in slots)
+    t = int(update.step) + 1
+    counters: list[tuple[Slot, torch.Tensor]] = []
+    if update.last_step is not None and update.missed is not None:
+        last_step = gather(update.last_step, rows)
+        param, exp_avg, exp_avg_sq = caught_up(
+            (param, exp_avg, exp_avg_sq), last_step, update.missed, kind.untouched
+        )
+        counters.append((update.last_step, torch.full_like(last_step, t)))
+    steps = torch.full((rows.numel(), 1), t, device=rows.device)
+    if update.row_step is not None:
+        steps = gather(update.row_step, rows) + 1
+        counters.append((update.row_step, steps))
+
+    bias_correction1, bias_correction2 = 1 - beta1 ** steps.double(), 1 - beta2 ** steps.double()
+    step_size = (lr / bias_correction1).to(dtype)
+    inv_sqrt_correction2 = bias_correction2.rsqrt()
+    eps = hyper.eps * (inv_sqrt_correction2 if hyper.eps_mode == "tf" else 1)
+    grad = (-sums if hyper.maximize else sums).to(dtype)
+    exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq = exp_avg_sq + (1 - beta2) * (grad * grad - exp_avg_sq)
+    denom = exp_avg_sq.sqrt() * inv_sqrt_correction2.to(dtype) + torch.as_tensor(
+        eps, dtype=torch.float64
+    ).to(dtype)
+    param = param - (step_size * exp_avg / denom + lr * hyper.weight_decay * param)
+    return [*zip(slots, (param, exp_avg, exp_avg_sq), strict=True), *counters]
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,6 +121,8 @@ def find_or_insert_(
     embedding: Slot,
     seed: int,
     distribution: Distribution,
+    last_step: Slot | None = None,
+    now: int = 0,
 ) -> torch.Tensor:
     """Find each id; one that is absent gets a row, in order of first occurrence.
 
@@ -131,6 +133,8 @@ def find_or_insert_(
         embedding: a new row's initial values are written here.
         seed: any int64.
         distribution: what the values are drawn from.
+        last_step: width 1, int32: of a new row it becomes ``now``. May be left out.
+        now: the table's number of updates so far.
 
     Returns:
         rows [N] int64.
@@ -140,6 +144,8 @@ def find_or_insert_(
     new_rows = index.next_rows(new_ids.numel())
     insert_(index.entries, new_ids, new_rows)
     scatter_(ids_by_row, new_rows, new_ids[:, None])
+    if last_step is not None:
+        scatter_(last_step, new_rows, torch.full_like(new_ids[:, None], now, dtype=torch.int32))
     init_rows_(embedding, new_rows, new_ids, seed, distribution)
     index.take_rows(new_ids.numel())
     return find(index.entries, ids)

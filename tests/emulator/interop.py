@@ -245,11 +245,15 @@ def to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor
 
 
 class HostCopy:
-    """A small tensor's values as they are now, for the host to read once they have arrived."""
+    """A small tensor's values as ``send`` finds them, for the host to read once they have come."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         _refuse_in_capture("HostCopy")
-        self._values = np.array(tensor.detach().numpy())
+        self._source = tensor
+
+    def send(self) -> None:
+        _refuse_in_capture("HostCopy.send")
+        self._values = np.array(self._source.detach().numpy())
 
     def ready(self) -> bool:
         _refuse_in_capture("HostCopy.ready")

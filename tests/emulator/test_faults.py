@@ -498,6 +498,7 @@ def test_capture_and_replay():
 def test_host_copies_are_snapshots():
     x = torch.arange(3)
     copy = interop.HostCopy(x)
+    copy.send()
     x.zero_()
     assert copy.ready()
     with emulator.using(copies_complete=False):

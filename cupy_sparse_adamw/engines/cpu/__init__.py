@@ -1,23 +1,27 @@
 """The CPU engine: Numba loops over blocks of rows, compiled at first use and cached on disk."""
 
-from .adamw import coalesce, sparse_adamw_
+from .adamw import coalesce, prepare_sparse_adamw
 from .device import copy_to_host, is_capturing
 from .index import delete_, find, find_or_insert_, gather, insert_, rehash_, scatter_
 from .random import init_rows_
 from .segment import segment
+from .untouched import catch_up_, extend_rules_, gather_current
 
 __all__ = [
+    "catch_up_",
     "coalesce",
     "copy_to_host",
     "delete_",
+    "extend_rules_",
     "find",
     "find_or_insert_",
     "gather",
+    "gather_current",
     "init_rows_",
     "insert_",
     "is_capturing",
+    "prepare_sparse_adamw",
     "rehash_",
     "scatter_",
     "segment",
-    "sparse_adamw_",
 ]

@@ -12,10 +12,12 @@ import hashlib
 import logging
 import os
 import pathlib
+import platform
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -83,6 +85,11 @@ def _our_cache_dir() -> Iterator[None]:
     finally:
         numba.config.CACHE_DIR = users
 
+
+#: Without such an instruction LLVM would call a function for each element.
+_HAS_FMA = platform.machine() in ("aarch64", "arm64") or bool(
+    llvmlite.binding.get_host_cpu_features().get("fma")
+)
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _warned = False
@@ -162,6 +169,18 @@ def multiply_high(typingctx, x, y):  # type: ignore[no-untyped-def]
         return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
 
     return types.uint64(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def multiply_add(typingctx, x, y, z):  # type: ignore[no-untyped-def]
+    """The number x * y + z, rounded once where the CPU can do so at the price of one rounding."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if _HAS_FMA:
+            return builder.fma(*args)
+        return builder.fadd(builder.fmul(*args[:2]), args[2])
+
+    return x(x, x, x), codegen
 
 
 @intrinsic
@@ -268,7 +287,12 @@ def store(array: Any, i: int, value: Any) -> None:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(load, jit_options={**_OPTIONS, "forceinline": True})
+def compiled_overload(function: Any) -> Any:
+    """Decorates what chooses, by the types of arguments, the code that ``function`` stands for."""
+    return overload(function, jit_options={**_OPTIONS, "forceinline": True})
+
+
+@compiled_overload(load)
 def _load(array, i):  # type: ignore[no-untyped-def]
     if array.dtype == types.uint16:
         return lambda array, i: _half_to_float(array[i])
@@ -277,7 +301,7 @@ def _load(array, i):  # type: ignore[no-untyped-def]
     return lambda array, i: array[i]
 
 
-@overload(store, jit_options={**_OPTIONS, "forceinline": True})
+@compiled_overload(store)
 def _store(array, i, value):  # type: ignore[no-untyped-def]
     if array.dtype == types.uint16:
 
@@ -303,7 +327,7 @@ def cast(value: Any, tag: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(cast, jit_options={**_OPTIONS, "forceinline": True})
+@compiled_overload(cast)
 def _cast(value, tag):  # type: ignore[no-untyped-def]
     if tag == types.float64:
         return lambda value, tag: np.float64(value)

@@ -118,6 +118,20 @@ def cuts(size: int, parts: int) -> list[int]:
     return [size * i // parts for i in range(parts + 1)]
 
 
+def start_threads(parts: int) -> None:
+    """Have the threads that ``parallel_for`` wants for so many parts.
+
+    Raises:
+        RuntimeError: the system grants no more threads.
+    """
+    while len(_threads) < min(torch.get_num_threads(), parts) - 1:
+        thread = threading.Thread(
+            target=_help_forever, args=(_jobs,), name="sparse_adamw", daemon=True
+        )
+        thread.start()
+        _threads.append(thread)
+
+
 def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) -> list[int]:
     """Call ``kernel(part, begin, end, *args)`` on ``parts`` consecutive parts of [0, size).
 
@@ -125,16 +139,16 @@ def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) 
     Returns what the calls returned, in order of their parts. An exception in any part is raised
     after all that had begun have ended.
     """
+    if parts > 1:
+        start_threads(parts)
+    return run_parts(kernel, size, parts, *args)
+
+
+def run_parts(kernel: Callable[..., int], size: int, parts: int, *args: Any) -> list[int]:
+    """``parallel_for`` with the threads that have been started: it does with any number of them."""
     if parts == 1:
         return [kernel(0, 0, size, *args)]
     job = _Job(kernel, cuts(size, parts), args)
-    helpers = min(torch.get_num_threads(), parts) - 1
-    while len(_threads) < helpers:
-        thread = threading.Thread(
-            target=_help_forever, args=(_jobs,), name="sparse_adamw", daemon=True
-        )
-        _threads.append(thread)
-        thread.start()
-    for _ in range(helpers):
+    for _ in range(min(torch.get_num_threads(), parts, len(_threads) + 1) - 1):
         _jobs.put(job)
     return job.run()

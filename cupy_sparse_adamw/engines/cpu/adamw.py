@@ -8,26 +8,65 @@ same (SPEC §1): occurrences in order, in chunks of ``CHUNK`` counted from the r
 Rows and gradients lie scattered in memory, so their addresses are worked out ``ahead`` sorted
 positions before they are used, and asked for then: into the second-level cache, which can have
 many more lines on their way than the first (docs/performance.md).
+
+What a table does about steps that a row missed, and how it corrects bias, is known when the kernel
+is compiled (``_Tables``): a table that skips what it missed pays for none of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import types
 
 from ..._types import MOMENT_DTYPE, Hyperparams, Pending, Update
-from ._compile import FLOAT64, INT64, TAGS, at, cast, inline, jit, load, prefetch, store, view
-from ._threads import num_parts, parallel_for
+from ._compile import (
+    BYTE,
+    FLOAT64,
+    INT64,
+    TAGS,
+    at,
+    cast,
+    compiled_overload,
+    inline,
+    jit,
+    load,
+    prefetch,
+    store,
+    view,
+)
+from ._threads import num_parts, parallel_for, run_parts, start_threads
 from .segment import CHUNK, Segments, segment
+from .untouched import (
+    INT32,
+    REPLAY,
+    TAGS_OF,
+    caught_up,
+    cell_address,
+    kind_of,
+    last_step_of,
+    log_at,
+    log_numbers,
+    make_tails,
+    missed_since,
+    prefetch_missed,
+    replay_row,
+    set_last_step,
+    store_row,
+    two_nodes_do,
+    with_two_nodes,
+)
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
 #: Sorted positions between asking for a row and using it, at least and at most.
 MIN_AHEAD, MAX_AHEAD = 4, 32
+#: Numbers of ``_scalars``.
+SCALARS = 12
 #: Bytes to ask for and not yet use between those two: an eighth of a small second-level cache.
 BYTES_AHEAD = 1 << 16
 
@@ -56,11 +95,17 @@ class _Tables(NamedTuple):
     """Where the tables of a group are, and the scalars of their update, as addresses."""
 
     rows: int  # [T, 4] int64: block size, then each slot's address of its block addresses
-    scalars: int  # [T, 8] float64, see _scalars
+    scalars: int  # [T, SCALARS] float64, see _scalars
+    room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
+    room_bytes: int
     param_itemsize: int
     moment_itemsize: int
     param_tag: Any
     moment_tag: Any
+    untouched: Any  # one of TAGS_OF
+    logs: int  # [T, LOG_WIDTH] int64, see Log; unless untouched is None
+    per_row: Any  # whether bias is corrected by rows' own counts: BYTE or None
+    row_steps: int  # [T] int64: of each table's block addresses of its counts; unless None
 
 
 # What a loop over the runs of one table needs of the above, read once per table: as far as the
@@ -83,6 +128,8 @@ class _Pieces(NamedTuple):
 class _Rows(NamedTuple):
     """Where one table's rows are: block addresses of each slot, and the first block itself."""
 
+    log: Any  # Log, or None
+    row_steps: int  # block addresses, or 0
     first_key: int
     block_size: int
     params: int
@@ -170,13 +217,41 @@ def _pieces_of(grads, number, i):  # type: ignore[no-untyped-def]
     )
 
 
+def _lagging_at(untouched: Any, per_row: Any, tables: _Tables, number: int) -> Any:
+    """``log`` and ``row_steps`` of ``_Rows``."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_lagging_at)
+def _lagging_at_in(untouched, per_row, tables, number):  # type: ignore[no-untyped-def]
+    if untouched == types.none and per_row == types.none:
+        return lambda untouched, per_row, tables, number: (None, 0)
+    if untouched == types.none:
+        return lambda untouched, per_row, tables, number: (
+            None,
+            at(tables.row_steps, number, INT64),
+        )
+    if per_row == types.none:
+        return lambda untouched, per_row, tables, number: (
+            log_at(untouched, tables.logs, number),
+            0,
+        )
+    return lambda untouched, per_row, tables, number: (
+        log_at(untouched, tables.logs, number),
+        at(tables.row_steps, number, INT64),
+    )
+
+
 @inline
 def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
     """``_Rows`` of a table."""
     params = at(tables.rows, 4 * number + 1, INT64)
     exp_avgs = at(tables.rows, 4 * number + 2, INT64)
     exp_avg_sqs = at(tables.rows, 4 * number + 3, INT64)
+    log, row_steps = _lagging_at(tables.untouched, tables.per_row, tables, number)
     return _Rows(
+        log,
+        row_steps,
         at(grads.first_keys, number, INT64),
         at(tables.rows, 4 * number, INT64),
         params,
@@ -231,10 +306,36 @@ def _prefetch_grad(grads, i, pieces):  # type: ignore[no-untyped-def]
         _prefetch_bytes(address, grads.dim * grads.itemsize)
 
 
+def _prefetch_steps(per_row: Any, grads: _Grads, i: int, rows: _Rows, end: int) -> None:
+    """Ask for a row's count, what it missed, and ``ahead`` positions before that its last step."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_prefetch_steps)
+def _prefetch_steps_in(per_row, grads, i, rows, end):  # type: ignore[no-untyped-def]
+    def count(per_row, grads, i, rows, end):  # type: ignore[no-untyped-def]
+        prefetch(cell_address(rows.row_steps, rows.block_size, _key(grads, i) - rows.first_key))
+
+    if rows.types[0] == types.none:
+        return count if per_row != types.none else lambda per_row, grads, i, rows, end: None
+
+    def lagging(per_row, grads, i, rows, end):  # type: ignore[no-untyped-def]
+        log = rows.log
+        last_step = last_step_of(log, _key(grads, i) - rows.first_key)
+        if last_step != log.t:
+            prefetch_missed(log, last_step)
+        if i + grads.ahead < end:
+            row = _key(grads, i + grads.ahead) - rows.first_key
+            prefetch(cell_address(log.last_steps, log.block_size, row))
+
+    return lagging
+
+
 @inline
 def _prefetch_row(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
     """Ask for the row at sorted position i, if it is in the table and a run begins there."""
     if i < end and _is_head(grads, i):
+        _prefetch_steps(tables.per_row, grads, i, rows, end)
         param, exp_avg, exp_avg_sq = _row_at(grads, tables, i, rows)
         _prefetch_bytes(param, grads.dim * tables.param_itemsize)
         _prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
@@ -318,58 +419,142 @@ def _sum_run(total, begin, end, scale, grads, pieces):  # type: ignore[no-untype
         total *= scale
 
 
+def _corrections(per_row: Any, scalars: Any, rows: _Rows, row: int) -> Any:
+    """The three numbers lr / (1 - beta1^n), 1 / sqrt(1 - beta2^n) and ε beside √v̂, in double.
+
+    n is the table's t, or the row's own count, which then rises by 1.
+    """
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_corrections)
+def _corrections_in(per_row, scalars, rows, row):  # type: ignore[no-untyped-def]
+    if per_row == types.none:
+        return lambda per_row, scalars, rows, row: (scalars[2], scalars[3], scalars[4])
+
+    def own(per_row, scalars, rows, row):  # type: ignore[no-untyped-def]
+        count = view(cell_address(rows.row_steps, rows.block_size, row), 1, INT32)
+        count[0] += 1
+        step_size = scalars[8] / -math.expm1(count[0] * scalars[9])
+        inv_sqrt_correction2 = 1.0 / math.sqrt(-math.expm1(count[0] * scalars[10]))
+        eps = scalars[4] * (inv_sqrt_correction2 if scalars[11] != 0.0 else 1.0)
+        return step_size, inv_sqrt_correction2, eps
+
+    return own
+
+
 @inline
-def _update_row(addresses, grad, scalars, tables):  # type: ignore[no-untyped-def]
-    """SPEC §1 for one row [D] (``_row_at``); ``grad`` is the sum of its gradients."""
-    dim, tag = grad.size, tables.moment_tag
-    param = view(addresses[0], dim, tables.param_tag)
-    exp_avg = view(addresses[1], dim, tag)
-    exp_avg_sq = view(addresses[2], dim, tag)
+def _update_row(place, param_tag, grad, scalars, corrections, missed, tag):  # type: ignore[no-untyped-def]
+    """SPEC §1 for one row [D]: weights, exp_avg and exp_avg_sq are at the addresses ``place``.
+
+    ``grad`` is the sum of its gradients, ``corrections`` are of ``_corrections``, ``missed`` is
+    what the row missed (``caught_up``), and the tags are of weights and of moments.
+    """
+    dim = grad.size
+    param, exp_avg = view(place[0], dim, param_tag), view(place[1], dim, tag)
+    exp_avg_sq = view(place[2], dim, tag)
     one_minus_beta1 = cast(scalars[0], tag)
     one_minus_beta2 = cast(scalars[1], tag)
-    step_size = cast(scalars[2], tag)  # lr / (1 - beta1^t)
-    inv_sqrt_correction2 = cast(scalars[3], tag)  # 1 / sqrt(1 - beta2^t)
-    eps = cast(scalars[4], tag)
+    step_size = cast(corrections[0], tag)
+    inv_sqrt_correction2 = cast(corrections[1], tag)
+    eps = cast(corrections[2], tag)
     decay = cast(scalars[5], tag)  # lr * weight_decay
     for j in range(dim):
         g = cast(load(grad, j), tag)
-        m = exp_avg[j] + one_minus_beta1 * (g - exp_avg[j])
-        v = exp_avg_sq[j] + one_minus_beta2 * (g * g - exp_avg_sq[j])
+        w, m, v = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
+        m += one_minus_beta1 * (g - m)
+        v += one_minus_beta2 * (g * g - v)
         exp_avg[j] = m
         exp_avg_sq[j] = v
-        w = load(param, j)
         denom = cast(math.sqrt(v), tag) * inv_sqrt_correction2 + eps
         store(param, j, w - (step_size * m / denom + decay * w))
+
+
+def _step_row(
+    log: Any,
+    place: Any,
+    row: int,
+    grad: Any,
+    scalars: Any,
+    corrections: Any,
+    work: int,
+    tables: Any,
+) -> None:
+    """Bring the row ``row``, which is at the addresses ``place``, up to date and update it."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_step_row)
+def _step_row_in(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
+    def skip(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
+        tag = tables.moment_tag
+        _update_row(place, tables.param_tag, grad, scalars, corrections, None, tag)
+
+    if log == types.none:
+        return skip
+
+    def rules(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
+        last_step, tag = last_step_of(log, row), tables.moment_tag
+        if last_step == log.t:
+            _update_row(place, tables.param_tag, grad, scalars, corrections, None, tag)
+        else:
+            missed = missed_since(log, last_step, tag)
+            if two_nodes_do(missed):
+                short = with_two_nodes(missed)
+                _update_row(place, tables.param_tag, grad, scalars, corrections, short, tag)
+            else:
+                _update_row(place, tables.param_tag, grad, scalars, corrections, missed, tag)
+        set_last_step(log, row, log.t + 1)
+
+    if kind_of(log) != REPLAY:
+        return rules
+
+    def replay(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
+        last_step, tag, param_tag = last_step_of(log, row), tables.moment_tag, tables.param_tag
+        if last_step == log.t:
+            _update_row(place, param_tag, grad, scalars, corrections, None, tag)
+        else:  # in the buffer, so that a 16-bit weight is rounded once
+            dim, row_bytes = grad.size, grad.size * tables.moment_itemsize
+            current = work, work + row_bytes, work + 2 * row_bytes
+            replay_row(place, work, last_step, dim, param_tag, tag, log)
+            _update_row(current, tag, grad, scalars, corrections, None, tag)
+            store_row(place, work, dim, param_tag, tag)
+        set_last_step(log, row, log.t + 1)
+
+    return replay
 
 
 @jit
 def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-def]
     """Update the rows whose runs begin at sorted positions [begin, end)."""
-    total = np.empty(grads.dim)
+    room = tables.room + part * tables.room_bytes
+    total, work = view(room, grads.dim, FLOAT64), room + 8 * grads.dim
     i, stop = _next_head(grads, begin), _next_head(grads, end)
     ahead = grads.ahead
     while i < stop:
         number = _table_at(grads, i)
         pieces, rows = _pieces_of(grads, number, i), _rows_of(grads, tables, number)
         last = min(pieces.end, stop)
-        scalars = view(tables.scalars + 64 * number, 8, FLOAT64)
+        scalars = view(tables.scalars + 8 * SCALARS * number, SCALARS, FLOAT64)
         grad_scale, is_mean = scalars[6], scalars[7] != 0.0
         for k in range(i, i + ahead):
             _prefetch_grad(grads, k, pieces)
             _prefetch_row(grads, tables, k, rows, last)
         while i < last:
-            row = _row_at(grads, tables, i, rows)
+            place, row = _row_at(grads, tables, i, rows), _key(grads, i) - rows.first_key
+            corrections = _corrections(tables.per_row, scalars, rows, row)
             address, stride = _grad_at(grads, i, pieces)
             run_end = _run_end(grads, i)
             for k in range(i + ahead, run_end + ahead):
                 _prefetch_row(grads, tables, k, rows, last)
             if run_end == i + 1 and stride == 1 and grad_scale == 1.0:  # needs no buffer
                 _prefetch_grad(grads, i + ahead, pieces)
-                _update_row(row, view(address, grads.dim, grads.tag), scalars, tables)
+                grad = view(address, grads.dim, grads.tag)
+                _step_row(rows.log, place, row, grad, scalars, corrections, work, tables)
             else:
                 scale = grad_scale / (run_end - i) if is_mean else grad_scale
                 _sum_run(total, i, run_end, scale, grads, pieces)
-                _update_row(row, total, scalars, tables)
+                _step_row(rows.log, place, row, total, scalars, corrections, work, tables)
             i = run_end
     return 0
 
@@ -443,29 +628,48 @@ def _with_chunks_summed(segments: Segments) -> _Grads:
     return grads
 
 
+def _log(x: float) -> float:
+    return math.log(x) if x else -math.inf
+
+
 def _scalars(hyper: Hyperparams, t: int, pending: Pending) -> tuple[float, ...]:
     """What the t-th update of a table needs, in double precision; see ``_update_row``."""
     lr = float(hyper.lr)
+    is_tf = hyper.eps_mode == "tf"
+    inv_sqrt_correction2 = 1.0 / math.sqrt(1.0 - hyper.beta2**t)
+    eps_is_final = pending.kind.per_row or not is_tf  # else it is corrected here
     return (
         1.0 - hyper.beta1,
         1.0 - hyper.beta2,
         lr / (1.0 - hyper.beta1**t),
-        1.0 / math.sqrt(1.0 - hyper.beta2**t),
-        hyper.eps,
+        inv_sqrt_correction2,
+        hyper.eps if eps_is_final else hyper.eps * inv_sqrt_correction2,
         lr * hyper.weight_decay,
-        pending.grad_scale,
+        -pending.grad_scale if hyper.maximize else pending.grad_scale,
         float(pending.mean),
+        lr,
+        _log(hyper.beta1),
+        _log(hyper.beta2),
+        float(is_tf),
     )
 
 
-def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
-    """Apply one AdamW step to the rows that ``segments`` names, then advance each table's t.
+#: Types that ``_update_runs`` has been compiled for in this process.
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Callable[[], None]:
+    """One AdamW step on the rows that ``segments`` names, all but done: nothing is written.
 
     Args:
-        updates: the tables of one group (one dtype, one D), in the order of ``segments``.
+        updates: the tables of one group (one dtype, one D, one kind), in the order of ``segments``.
         segments: their gradients, from ``segment``.
+
+    Returns:
+        A function that writes the rows and advances each table's t. What may fail, like memory,
+        threads or a compiler, has been tried before.
     """
-    dtype = updates[0].pending.param.dtype
+    dtype, kind = updates[0].pending.param.dtype, updates[0].pending.kind
     moment_dtype = MOMENT_DTYPE[dtype]
     steps = np.array([update.step.data_ptr() for update in updates], dtype=np.int64)
     ts = np.empty_like(steps)
@@ -490,20 +694,71 @@ def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> None:
             scalars.append(_scalars(update.hyper, t + 1, pending))
         places.append(place)
     rows_array = np.array(rows, dtype=np.int64)
-    scalars_array = np.array(scalars, dtype=np.float64)[places]
+    scalars_array = np.array(scalars, dtype=np.float64)
+    if len(places) > len(scalars):
+        scalars_array = scalars_array[places]
+    logs, logs_at = _logs(updates, kind.untouched)
+    row_steps, row_steps_at = _row_steps(updates, kind.per_row)
+    size, dim = segments.words.size, segments.dim
+    parts = num_parts(size, GRAIN_ELEMENTS // dim)
+    room_bytes = 8 * dim if kind.untouched != "replay" else 32 * dim
+    room = np.empty(parts * room_bytes, dtype=np.uint8)
     tables = _Tables(
         rows_array.ctypes.data,
         scalars_array.ctypes.data,
+        room.ctypes.data,
+        room_bytes,
         dtype.itemsize,
         moment_dtype.itemsize,
         TAGS[dtype],
         TAGS[moment_dtype],
+        TAGS_OF[kind.untouched],
+        logs_at,
+        BYTE if kind.per_row else None,
+        row_steps_at,
     )
-    size = segments.words.size
-    parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
     grads = _with_chunks_summed(segments)
-    parallel_for(_update_runs, size, parts, grads, tables)
-    _advance_steps(steps)
+    variant = dtype, segments.grad_dtype, kind
+    if variant not in _compiled:
+        _update_runs(0, 0, 0, grads, tables)  # of no runs
+        _advance_steps(steps[:0])
+        _compiled.add(variant)
+    if parts > 1:
+        start_threads(parts)
+    # Kernels know addresses: what is there lives as long as the function.
+    kept = (rows_array, scalars_array, room, logs, row_steps, segments, updates)
+
+    def apply(kept: Any = kept) -> None:
+        run_parts(_update_runs, size, parts, grads, tables)
+        _advance_steps(steps)
+
+    return apply
+
+
+def _logs(updates: Sequence[Update], untouched: str) -> tuple[list[Any], int]:
+    """What is to be kept for ``_Tables.logs``, and that address."""
+    if untouched == "skip":
+        return [], 0
+    numbers: list[int] = []
+    tails: dict[int, np.ndarray[Any, Any]] = {}  # of a ``Missed`` that tables may share
+    for update in updates:
+        missed, last_step = update.missed, update.last_step
+        assert missed is not None
+        assert last_step is not None
+        if id(missed) not in tails:
+            tails[id(missed)] = make_tails(missed, untouched)
+        numbers += log_numbers(missed, tails[id(missed)], last_step)
+    logs = np.array(numbers, dtype=np.int64)
+    return [logs, *tails.values()], logs.ctypes.data
+
+
+def _row_steps(updates: Sequence[Update], per_row: bool) -> tuple[list[Any], int]:
+    """What is to be kept for ``_Tables.row_steps``, and that address."""
+    if not per_row:
+        return [], 0
+    slots = [update.row_step for update in updates]
+    row_steps = np.array([slot.addresses_at() for slot in slots if slot is not None])
+    return [row_steps], row_steps.ctypes.data
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:

@@ -225,6 +225,8 @@ def find_or_insert_(
     embedding: Slot,
     seed: int,
     distribution: Distribution,
+    last_step: Slot | None = None,
+    now: int = 0,
 ) -> torch.Tensor:
     """Find each id; one that is absent gets a row, in order of first occurrence.
 
@@ -235,6 +237,8 @@ def find_or_insert_(
         embedding: a new row's initial values are written here.
         seed: any int64.
         distribution: what the values are drawn from.
+        last_step: width 1, int32: of a new row it becomes ``now``. May be left out.
+        now: the table's number of updates so far.
 
     Returns:
         rows [N] int64.
@@ -250,6 +254,8 @@ def find_or_insert_(
     inserted = _insert_absent(*arrays)
     new_rows, new_ids = new_rows[:inserted], new_ids[:inserted]
     scatter_(ids_by_row, new_rows, new_ids[:, None])
+    if last_step is not None:
+        scatter_(last_step, new_rows, torch.full_like(new_ids[:, None], now, dtype=torch.int32))
     init_rows_(embedding, new_rows, new_ids, seed, distribution)
     index.take_rows(inserted)
     rows[absent] = found

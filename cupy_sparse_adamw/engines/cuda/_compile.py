@@ -10,13 +10,13 @@ import functools
 import importlib.resources
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..._types import MOMENT_DTYPE
+from ..._types import MOMENT_DTYPE, Kind
 from . import _interop
 
 #: Without fused multiply-add every variant of a kernel rounds alike, so whether a gradient is read
@@ -36,6 +36,11 @@ TYPE_NAMES = {
     torch.float16: "Float16",
     torch.bfloat16: "BFloat16",
 }
+#: The update that leaves rows alone which no batch touched.
+SKIP = Kind()
+#: What is a row's own (untouched.cuh), by what rows miss. Rows that have a count of their own miss
+#: decay, or nothing: that is Decay, too.
+_OWN = {"decay": "Decay", "dense": "Dense", "replay": "Replay"}
 #: Integers to move rows with (rows.cu): bytes -> type.
 UNITS = {16: "uint4", 8: "uint2", 4: "unsigned int", 2: "unsigned short"}
 
@@ -70,16 +75,29 @@ def hash_table_variant(dtype: torch.dtype) -> Variant:
 
 @functools.cache
 def adamw_variant(
-    dtype: torch.dtype, grad_dtype: torch.dtype, key_dtype: torch.dtype, vec: int
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    vec: int,
+    kind: Kind = SKIP,
 ) -> Variant:
-    """The update of tables of a dtype, ``vec`` neighbouring columns at a time."""
+    """The update of tables of a dtype and kind, ``vec`` neighbouring columns at a time."""
     macros = {
         "PARAM": TYPE_NAMES[dtype],
         "GRAD": TYPE_NAMES[grad_dtype],
         "KEY": "int" if key_dtype == torch.int32 else "long long",
         "VEC": str(vec),
     }
+    if kind != SKIP:
+        macros["UNTOUCHED"] = _OWN["decay" if kind.per_row else kind.untouched]
     return Variant("sparse_adamw.cu", tuple(macros.items()))
+
+
+@functools.cache
+def untouched_variant(dtype: torch.dtype, vec: int, untouched: str) -> Variant:
+    """Bringing rows up to date outside of a step, ``vec`` neighbouring columns at a time."""
+    macros = {"PARAM": TYPE_NAMES[dtype], "VEC": str(vec), "UNTOUCHED": _OWN[untouched]}
+    return Variant("untouched.cu", tuple(macros.items()))
 
 
 def widest_vec(dtype: torch.dtype) -> int:
@@ -88,16 +106,20 @@ def widest_vec(dtype: torch.dtype) -> int:
 
 
 def all_variants() -> Iterator[Variant]:
-    """Everything that the engine can ask for."""
+    """Everything that the engine is asked for: in float64 steps are replayed, never "dense"."""
     yield GROUP
     yield from map(rows_variant, UNITS)
     for dtype in TYPE_NAMES:
         yield hash_table_variant(dtype)
         grad_dtypes = {dtype, torch.float32} if dtype.itemsize == 2 else {dtype}
-        choices = ((torch.int32, torch.int64), (1, widest_vec(dtype)))
-        for grad_dtype in sorted(grad_dtypes, key=str):
-            for key_dtype, vec in itertools.product(*choices):
-                yield adamw_variant(dtype, grad_dtype, key_dtype, vec)
+        widths = (1, widest_vec(dtype))
+        missing = [x for x in _OWN if x != "dense" or dtype != torch.float64]
+        kinds = (SKIP, *map(Kind, missing))
+        choices = (sorted(grad_dtypes, key=str), kinds, (torch.int32, torch.int64), widths)
+        for grad_dtype, kind, key_dtype, vec in itertools.product(*choices):
+            yield adamw_variant(dtype, grad_dtype, key_dtype, vec, kind)
+        for untouched, vec in itertools.product(missing, widths):
+            yield untouched_variant(dtype, vec, untouched)
 
 
 def _folder() -> Any:  # a Traversable, whose place differs between Python versions
@@ -147,23 +169,53 @@ def _module(device: torch.device, variant: Variant) -> Any:
     return _interop.RawModule(code=source(variant.file), options=variant.options())
 
 
-def load(device: torch.device, *kernels: tuple[Variant, str]) -> None:
-    """Compile and load kernels (variant, name) that will be launched.
-
-    Raises:
-        RuntimeError: one is not loaded yet, and the stream is being captured.
-    """
-    with _interop.on_device(device):
-        for variant, name in kernels:
-            _function(device, variant, name)
-
-
 def _packed(argument: Any) -> Any:
     if not isinstance(argument, torch.Tensor):
         return argument
     if not argument.is_contiguous():
         raise ValueError(f"kernels take contiguous tensors, got strides {argument.stride()}")
     return _interop.array_of(argument)
+
+
+def prepare_launch(
+    device: torch.device,
+    variant: Variant,
+    name: str,
+    num_blocks: int,
+    num_threads: int,
+    args: Sequence[Any],
+) -> Callable[[], None]:
+    """Compile and load a kernel; the result runs it on torch's current stream, and does not wait.
+
+    Args:
+        device: where the tensors are.
+        variant: the module.
+        name: the kernel in it.
+        num_blocks: size of the grid; nothing runs if it is 0.
+        num_threads: threads a block.
+        args: what the kernel takes, in order: contiguous tensors, ``_interop.address_of`` of those
+            that are made for this launch, and NumPy scalars or structs by value. Whose memory an
+            address names must live until the launch.
+
+    Raises:
+        RuntimeError: the kernel is not loaded yet, and the stream is being captured.
+    """
+    if num_blocks == 0:
+        return _launch_nothing
+    packed = tuple(_packed(x) for x in args)
+    with _interop.on_device(device):
+        function = _function(device, variant, name)
+
+    def start() -> None:
+        with _interop.on_device(device):
+            stream = _interop.stream_of(device)
+            function((num_blocks,), (num_threads,), packed, stream=stream)
+
+    return start
+
+
+def _launch_nothing() -> None:
+    pass
 
 
 def launch(
@@ -174,24 +226,8 @@ def launch(
     num_threads: int,
     args: Sequence[Any],
 ) -> None:
-    """Run a kernel on torch's current stream. The host does not wait for it.
-
-    Args:
-        device: where the tensors are.
-        variant: the module.
-        name: the kernel in it.
-        num_blocks: size of the grid; nothing runs if it is 0.
-        num_threads: threads a block.
-        args: what the kernel takes, in order: contiguous tensors, ``_interop.address_of`` of those
-            that are made for this launch, and NumPy scalars or structs by value.
-    """
-    if num_blocks == 0:
-        return
-    packed = tuple(_packed(x) for x in args)
-    with _interop.on_device(device):
-        function = _function(device, variant, name)
-        stream = _interop.stream_of(device)
-        function((num_blocks,), (num_threads,), packed, stream=stream)
+    """Run a kernel now: see ``prepare_launch``."""
+    prepare_launch(device, variant, name, num_blocks, num_threads, args)()
 
 
 def log_lanes(parts: int) -> int:

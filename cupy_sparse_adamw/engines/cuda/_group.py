@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._types import Slot
+from ..._types import Missed, Slot
 from . import _interop
 from ._compile import GROUP, launch
 
@@ -53,6 +53,19 @@ TABLE = np.dtype(
         ("weight_decay", "f8"),
         ("grad_scale", "f8"),
         ("mean", "f8"),
+        ("corrects_eps", "f8"),
+    ]
+)
+MISSED = np.dtype(
+    [
+        ("last_step", "i8"),
+        ("row_step", "i8"),
+        ("rules", "i8"),
+        ("factors", "i8"),
+        ("steps", "i8"),
+        ("t", "i8"),
+        ("first", "i8"),
+        ("window", "i8"),
     ]
 )
 #: Words that one launch of ``store_words`` takes by value.
@@ -97,6 +110,38 @@ def block_table(slot: Slot) -> torch.Tensor:
             "one step, or one lookup, before capturing"
         )
     return slot.block_table()
+
+
+def missed_fields(
+    missed: Missed | None, last_step: Slot | None, row_step: Slot | None = None
+) -> tuple[int, ...]:
+    """The fields of ``MISSED``. What is None is a null pointer to the kernels."""
+    slots = [0 if slot is None else block_table(slot).data_ptr() for slot in (last_step, row_step)]
+    if missed is None:
+        return (*slots, *[0] * 6)
+    for log in (missed.rules, missed.factors, missed.steps):
+        if log.dtype != torch.float64 or not log.is_contiguous():
+            raise ValueError(
+                f"a log of missed steps must be contiguous float64, got {log.dtype}, strides "
+                f"{log.stride()}"
+            )
+    logs = [log.data_ptr() for log in (missed.rules, missed.factors, missed.steps)]
+    return (*slots, *logs, missed.t, missed.first, missed.window)
+
+
+def is_aligned(address: int, dtype: torch.dtype, vec: int) -> bool:
+    """Whether ``vec`` elements from an address on can move together."""
+    return address % (vec * dtype.itemsize) == 0
+
+
+def slots_are_aligned(slots: Iterable[Slot], vec: int) -> bool:
+    """Whether ``vec`` elements of each slot's rows can move together, if D is a multiple.
+
+    Only the first block of a slot is looked at: the others follow in its slab, or begin slabs of
+    their own, which are aligned.
+    """
+    held = (slot for slot in slots if slot.num_rows())
+    return all(is_aligned(int(slot.addresses()[0]), slot.dtype, vec) for slot in held)
 
 
 def _store_words(words: np.ndarray[Any, Any], target: torch.Tensor) -> None:

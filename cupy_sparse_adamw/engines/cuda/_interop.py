@@ -106,13 +106,20 @@ def to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor
 
 
 class HostCopy:
-    """A copy of a small tensor to pinned memory, under way behind what the stream has to do."""
+    """A copy of a small tensor to pinned memory, which is taken when the object is made.
+
+    It is under way once ``send`` was called, behind what the stream has to do.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self._source = tensor
         self._target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        self._target.copy_(tensor, non_blocking=True)
         self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(tensor.device))
+
+    def send(self) -> None:
+        """Begin to copy. Does not wait."""
+        self._target.copy_(self._source, non_blocking=True)
+        self._done.record(torch.cuda.current_stream(self._source.device))
 
     def ready(self) -> bool:
         """Whether the copy is complete. Does not wait."""

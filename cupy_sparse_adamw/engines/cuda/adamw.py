@@ -7,7 +7,7 @@ around one sort of torch's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,27 @@ from ..._types import MOMENT_DTYPE, Pending, Slot, Update
 from . import _interop
 from ._compile import (
     GROUP,
+    SKIP,
     WARP,
     Variant,
     adamw_variant,
     blocks_for,
-    launch,
-    load,
     log_lanes,
+    prepare_launch,
     widest_vec,
 )
-from ._group import PIECE, TABLE, block_table, divisor, keep_for_graph, upload
+from ._group import (
+    MISSED,
+    PIECE,
+    TABLE,
+    block_table,
+    divisor,
+    is_aligned,
+    keep_for_graph,
+    missed_fields,
+    slots_are_aligned,
+    upload,
+)
 from .segment import TILE, Segments, segment
 
 #: Threads per block: one for each position of a tile.
@@ -35,12 +46,16 @@ THREADS = TILE
 
 
 class RowReport:
-    """What the GPU will have found about the rows of one step's gradients."""
+    """What the GPU will have found about the rows of one step's gradients, once it is asked."""
 
     def __init__(self, pending: Sequence[Pending], faults: torch.Tensor) -> None:
         # Not the gradients, whose memory the next step may need.
         self._tables = [(p.name, p.num_rows, p.row_count) for p in pending]
         self._faults = _interop.HostCopy(faults)
+
+    def send(self) -> None:
+        """Ask, behind what the stream has to do."""
+        self._faults.send()
 
     def ready(self) -> bool:
         """Whether it is known by now. Does not wait."""
@@ -55,25 +70,14 @@ class RowReport:
         return None
 
 
-def _is_aligned(address: int, dtype: torch.dtype, vec: int) -> bool:
-    return address % (vec * dtype.itemsize) == 0
-
-
 def _vec(segments: Segments, slots: Sequence[Slot]) -> int:
-    """Columns that can move together: the widest that D and all addresses allow, or 1.
-
-    Only the first block of a slot is looked at: the others follow in its slab, or begin slabs of
-    their own, which are aligned.
-    """
+    """Columns that can move together: the widest that D and all addresses allow, or 1."""
     vec = widest_vec(segments.pending[0].param.dtype)
-    fits = segments.dim % vec == 0
-    for slot in slots:
-        if slot.num_rows():
-            fits &= _is_aligned(int(slot.addresses()[0]), slot.dtype, vec)
+    fits = segments.dim % vec == 0 and slots_are_aligned(slots, vec)
     for table in segments.pending:
         for _, grad in table.pieces:
             fits &= grad.stride(1) == 1 and grad.stride(0) % vec == 0
-            fits &= _is_aligned(grad.data_ptr(), grad.dtype, vec)
+            fits &= is_aligned(grad.data_ptr(), grad.dtype, vec)
     return vec if fits else 1
 
 
@@ -107,15 +111,16 @@ def _table(update: Update, first_key: int, fault: torch.Tensor) -> tuple[Any, ..
         update.hyper.beta2,
         update.hyper.eps,
         update.hyper.weight_decay,
-        pending.grad_scale,
+        -pending.grad_scale if update.hyper.maximize else pending.grad_scale,
         pending.mean,
+        update.hyper.eps_mode == "tf",
     )
 
 
-def _walk(
+def _prepare_walk(
     segments: Segments, variant: Variant, vec: int, names: tuple[str, str], sink: tuple[Any, ...]
-) -> None:
-    """Run both kernels over all runs: short runs and chunks of long ones, then long ones."""
+) -> list[Callable[[], None]]:
+    """Two launches that go over all runs: short ones and chunks of long ones, then long ones."""
     device, dim, tiles = segments.keys.device, np.int64(segments.dim), segments.long_begin.numel()
     address_of = _interop.address_of
     sorted_args = (
@@ -129,56 +134,93 @@ def _walk(
     room = (address_of(segments.partials), address_of(segments.long_begin))
     lanes = np.int32(log_lanes(-(-segments.dim // vec)))
     first = (*sorted_args, *sink, dim, lanes, *room)
-    launch(device, variant, names[0], tiles, THREADS, first)
     second = (*sorted_args, *sink, dim, *room)
-    launch(device, variant, names[1], blocks_for(tiles, THREADS // WARP), THREADS, second)
+    few = blocks_for(tiles, THREADS // WARP)
+    return [
+        prepare_launch(device, variant, names[0], tiles, THREADS, first),
+        prepare_launch(device, variant, names[1], few, THREADS, second),
+    ]
 
 
-def sparse_adamw_(updates: Sequence[Update], segments: Segments) -> RowReport | None:
-    """Apply one AdamW step to the rows that ``segments`` names. Nothing else is written.
+@dataclasses.dataclass
+class PreparedStep:
+    """A step that is all but done: calling it launches, and returns what to ask of it later.
+
+    Attributes:
+        launches: what there is to launch, in order.
+        report: None under capture, where ``fault`` of each table keeps it.
+        alive: what the launches have the addresses of.
+    """
+
+    launches: list[Callable[[], None]]
+    report: RowReport | None
+    alive: tuple[object, ...]
+
+    def __call__(self) -> RowReport | None:
+        """Launch. Nothing that may fail is left to do."""
+        for launch in self.launches:
+            launch()
+        if self.report is not None:
+            self.report.send()
+        return self.report
+
+
+def _require_no_capture(update: Update, device: torch.device) -> None:
+    """What a row has missed is in a log that the host keeps, and a replay would not follow."""
+    untouched = "decay" if update.pending.kind.untouched == "decay" else "dense"
+    if update.pending.kind.untouched != "skip" and _interop.is_capturing(device):
+        raise RuntimeError(
+            f"table {update.pending.name!r}: a step with untouched={untouched!r} cannot be "
+            f"captured into a CUDA graph, since the host counts its steps; step outside of the "
+            f"capture, or use untouched='skip'"
+        )
+
+
+def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> PreparedStep:
+    """One AdamW step on the rows that ``segments`` names, all but done. Writes to no table.
 
     Args:
-        updates: the tables of one group (one dtype, one D), in the order of ``segments``.
+        updates: the tables of one group (one dtype, one D, one kind), in the order of ``segments``.
         segments: their gradients, from ``segment``.
 
     Returns:
-        What the GPU will have found about their rows; None under capture, where ``fault`` of each
-        table keeps it.
+        What carries the step out when it is called; it returns what the GPU will have found about
+        rows, or None under capture.
 
     Raises:
-        RuntimeError: something cannot be captured into a CUDA graph; then nothing has run.
+        RuntimeError: something cannot be captured into a CUDA graph.
     """
-    param = updates[0].pending.param
+    param, kind = updates[0].pending.param, updates[0].pending.kind
     dtype, device = param.dtype, param.device
+    _require_no_capture(updates[0], device)
     slots = [slot for u in updates for slot in (u.pending.param, u.exp_avg, u.exp_avg_sq)]
-    descriptors = np.array(
-        [
-            _table(update, first_key, fault)
-            for update, first_key, fault in zip(
-                updates, segments.first_keys, segments.faults, strict=True
-            )
-        ],
-        dtype=TABLE,
-    )
-    vec = _vec(segments, slots)
-    acc = MOMENT_DTYPE[dtype]
-    variant = adamw_variant(dtype, segments.grad_dtype, segments.keys.dtype, vec)
-    advance = "advance_float" if acc == torch.float32 else "advance_double"
-    # Whatever may fail comes before the first launch, which counts the step.
-    load(device, (GROUP, advance), (variant, "update"), (variant, "finish"))
+    each = zip(updates, segments.first_keys, segments.faults, strict=True)
+    structs = [np.array([_table(*of_table) for of_table in each], dtype=TABLE)]
+    if kind != SKIP:
+        rows = [missed_fields(u.missed, u.last_step, u.row_step) for u in updates]
+        structs.append(np.array(rows, dtype=MISSED))
+    vec, acc = _vec(segments, slots), MOMENT_DTYPE[dtype]
+    variant = adamw_variant(dtype, segments.grad_dtype, segments.keys.dtype, vec, kind)
     is_captured = _interop.is_capturing(device)
     if is_captured:
         tensors = [x for u in updates for x in (u.step, u.hyper.lr, u.pending.row_count)]
-        keep_for_graph([*slots, *segments.faults, *filter(torch.is_tensor, tensors)], device)
-    (tables,), count = upload(device, descriptors), len(updates)
+        counts = [u.row_step for u in updates if u.row_step is not None]
+        kept = [*slots, *counts, *segments.faults, *filter(torch.is_tensor, tensors)]
+        keep_for_graph(kept, device)
+    (tables, *missed), count = upload(device, *structs), len(updates)
     scalars = torch.empty(count, 8, dtype=acc, device=device)
     faults = torch.empty(count, 2, dtype=torch.int64, device=device)
     address_of = _interop.address_of
     arguments = (address_of(tables), np.int64(count), address_of(scalars))
     results = (*arguments, address_of(faults))
-    launch(device, GROUP, advance, blocks_for(count, THREADS), THREADS, results)
-    _walk(segments, variant, vec, ("update", "finish"), arguments)
-    return None if is_captured else RowReport(segments.pending, faults)
+    name = "advance_float" if acc == torch.float32 else "advance_double"
+    advance = prepare_launch(device, GROUP, name, blocks_for(count, THREADS), THREADS, results)
+    sink = (*arguments, *map(address_of, missed))
+    return PreparedStep(
+        launches=[advance, *_prepare_walk(segments, variant, vec, ("update", "finish"), sink)],
+        report=None if is_captured else RowReport(segments.pending, faults),
+        alive=(updates, segments, tables, missed, scalars, faults),
+    )
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,5 +255,6 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         np.float64(pending.grad_scale),
         np.int64(pending.mean),
     )
-    _walk(segments, variant, vec, ("coalesce", "coalesce_finish"), sink)
+    for launch in _prepare_walk(segments, variant, vec, ("coalesce", "coalesce_finish"), sink):
+        launch()
     return rows, values

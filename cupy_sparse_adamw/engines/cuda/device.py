@@ -10,7 +10,9 @@ from . import _interop
 
 def copy_to_host(tensor: torch.Tensor) -> HostCopy:
     """Begin to copy a small tensor to the host, behind what the stream has to do."""
-    return _interop.HostCopy(tensor)
+    copy = _interop.HostCopy(tensor)
+    copy.send()
+    return copy
 
 
 def is_capturing(device: torch.device) -> bool:

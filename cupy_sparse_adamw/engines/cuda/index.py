@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..._types import Distribution, RowIndex, Slot
+from . import _interop
 from ._compile import (
     THREADS,
     UNITS,
@@ -111,6 +112,8 @@ def find_or_insert_(
     embedding: Slot,
     seed: int,
     distribution: Distribution,
+    last_step: Slot | None = None,
+    now: int = 0,
 ) -> torch.Tensor:
     """Find each id's row; give absent ids a row, with their initial values. Does not wait.
 
@@ -121,6 +124,8 @@ def find_or_insert_(
         embedding: new rows are filled; both slots hold memory for all rows that may be new.
         seed: with the id, decides a new row's values.
         distribution: what they are drawn from.
+        last_step: if given, becomes ``now`` in each new row; of width 1, int32.
+        now: any int32.
 
     Returns:
         rows [N] int64. Which new id has which new row is not determined.
@@ -150,6 +155,8 @@ def find_or_insert_(
         divisor_struct(embedding.block_size()),
         np.int64(embedding.dim),
         plan_struct(distribution, embedding.dtype, seed),
+        _interop.address_of(None if last_step is None else block_table(last_step)),
+        np.int32(now),
     )
     # Nothing between the two may fail: the first leaves claims that only the second resolves.
     launch(ids.device, variant, "find_or_claim", num_blocks, THREADS, claim)

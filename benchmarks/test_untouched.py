@@ -1,0 +1,135 @@
+"""What it costs that rows which no batch touched miss nothing: modes "decay" and "dense"."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import timing
+import torch
+from cases import SETS, Case, Workload
+from conftest import note
+from rivals import BETA1, BETA2, DECAY, EPS, LR
+from test_hash_table import new_hash_table
+
+from cupy_sparse_adamw import SparseAdamW
+from cupy_sparse_adamw._types import Hyperparams
+from cupy_sparse_adamw.missed_steps import MAX_ENTRIES, MissedSteps, step_scalars
+
+CASE = Case("untouched", dim=64, count=65_536)
+HYPER = Hyperparams(LR, BETA1, BETA2, EPS, DECAY)
+#: Steps that the rows of a batch have missed.
+BEHIND = (10, 1_000, MAX_ENTRIES - 600)
+
+
+def log_of(mode: str) -> MissedSteps:
+    """A log that is all but full."""
+    log = MissedSteps(mode == "dense")
+    for t in range(1, MAX_ENTRIES - 500):
+        log.reserve()
+        log.advance(step_scalars(HYPER, t))
+    return log
+
+
+class Table:
+    """A HashTable and its optimizer in one mode, with moments in all rows."""
+
+    def __init__(self, work: Workload, mode: str) -> None:
+        self.mode = mode
+        self.table = new_hash_table(work)
+        self.optimizer = SparseAdamW(
+            {"table": self.table}, LR, BETA1, BETA2, EPS, DECAY, untouched=mode
+        )
+        self.table(torch.arange(work.case.rows)).backward(torch.ones(work.case.rows, CASE.dim))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if mode != "skip":
+            log = log_of(mode)
+            state = self.optimizer.state[self.table]
+            state["step"].fill_(log.t)
+            self.table.begin_to_miss(state, log)
+
+
+class Step:
+    """A step of such a table whose rows are so many steps behind."""
+
+    def __init__(self, work: Workload, table: Table, behind: int = 0) -> None:
+        self.name = table.mode if not behind else f"{table.mode}, {behind} steps behind"
+        self.work, self.of, self.behind = work, table, behind
+
+    def load(self, turn: int) -> None:
+        table = self.of.table
+        if self.behind:
+            assert table.missed is not None
+            table.get_slot("sparse_adamw_last_step").fill(table.missed.t - self.behind)
+        self.ids, self.grad = self.work.ids[turn % SETS][0], self.work.values[turn % SETS][0]
+        self.look_up()
+
+    def look_up(self) -> None:
+        self.of.table(self.ids).backward(self.grad)
+
+    def step(self) -> None:
+        self.of.optimizer.step()
+        self.of.optimizer.zero_grad()
+
+
+class Training(Step):
+    """Lookup, backward and step."""
+
+    def load(self, turn: int) -> None:
+        super().load(turn)
+        self.of.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.look_up()
+        super().step()
+
+
+@pytest.fixture(scope="module")
+def tables(request: pytest.FixtureRequest) -> tuple[Workload, dict[str, Table]]:
+    tiny = request.config.getoption("--tiny")
+    work = Workload(CASE._replace(rows=CASE.rows // 64, count=CASE.count // 64) if tiny else CASE)
+    found = {mode: Table(work, mode) for mode in ("skip", "decay", "dense")}
+    work.release()
+    return work, found
+
+
+@pytest.mark.parametrize("kind", [Step, Training])
+def test_modes(benchmark, request, copy, rounds, tables, kind):
+    """Each mode beside mode "skip", rows 10 to 65,000 steps behind."""
+    work, of = tables
+    ours = kind(work, of["skip"])
+    others = [kind(work, of[mode], behind) for mode in ("decay", "dense") for behind in BEHIND]
+    race = timing.Race(ours, [copy, *others], rounds=rounds)
+    seconds = race.run(benchmark)
+    figures = timing.summary(race, seconds, work.floor)
+    figures["figures"] = {
+        f"{other.name}: of skip": figures["rivals"][other.name]["ratio"] for other in others
+    }
+    del figures["rivals"]  # they are ourselves: nothing to compare with the baseline
+    note(benchmark, request, f"untouched-{kind.__name__.lower()}", figures)
+
+
+@pytest.mark.quick
+def test_upkeep(benchmark, request):
+    """The host's work for a step: a log that goes on by one, its rules by a node each."""
+    log, t = MissedSteps(dense=True), 0
+    seconds = []
+    for _ in range(3_000):
+        t += 1
+        step = step_scalars(HYPER, t)
+        begin = time.perf_counter()
+        log.reserve()
+        log.advance(step)
+        seconds.append(time.perf_counter() - begin)
+
+    def go_on() -> None:
+        nonlocal t
+        t += 1
+        log.reserve()
+        log.advance(step_scalars(HYPER, t))
+
+    benchmark.pedantic(go_on, rounds=200, warmup_rounds=20)
+    figures = {"figures": {"µs a step": 1e6 * statistics.median(seconds[1_000:])}}
+    note(benchmark, request, "untouched-upkeep", figures)

@@ -1,0 +1,849 @@
+"""Rows that no batch touched: a row brought up to date where it is read or updated.
+
+``Missed`` has the formulas. Per row its last step is read; a row that is behind costs one more
+line or two of memory, its entry of the rules, and is moved in registers, in the same pass over its
+elements as whatever else is done to it. Only "replay" goes over a row once for each missed step,
+in a thread's buffer.
+
+What a table does is known when a kernel is compiled: a *tag* in ``Log`` says it (``TAGS_OF``), and
+kernels for tables that skip what they missed get None in place of a ``Log``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import types
+
+from ..._types import MOMENT_DTYPE, RULE_CHUNK, RULE_NODES, RULE_WIDTH, STEP_WIDTH, Lagging, Missed
+from ._compile import (
+    BYTE,
+    FLOAT64,
+    INT64,
+    TAGS,
+    at,
+    cast,
+    compiled_overload,
+    copy_bytes,
+    inline,
+    jit,
+    load,
+    multiply_add,
+    prefetch,
+    store,
+    view,
+)
+from ._interop import array_of
+from ._threads import num_parts, parallel_for
+
+#: What a table does about missed steps -> tag.
+TAGS_OF = {"skip": None, "decay": np.int8(0), "dense": np.int16(0), "replay": np.int32(0)}
+#: The tags' types, by which code is chosen.
+DECAY, DENSE, REPLAY = types.int8, types.int16, types.int32
+#: Tag of an array of steps.
+INT32 = np.int32(0)
+
+#: Elements a thread takes at the least, and rows asked for ahead.
+GRAIN_ELEMENTS = 32768
+AHEAD = 16
+#: Neighbouring rows that one thread catches up (a cache line of last steps), and how many rows it
+#: collects before it does.
+BAND, COLLECTED = 16, 256
+#: Entries of the rules that are extended together; a tile of them takes 11 KiB.
+TILE = 64
+#: Two nodes of a rule are off by at most a sixth of e_1 e_2, relative to the motion (computed for
+#: the betas of docs/untouched.md); they do where that is less than float32 shows.
+TWO_NODES_FROM = 5e-7
+#: The least c with whose square float32 computes.
+LEAST_SQUARED = 1e-15
+#: The least c of a rule.
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+class Log(NamedTuple):
+    """One table's ``Missed`` and its rows' last steps, for kernels. Arrays are addresses."""
+
+    kind: Any  # tag
+    t: int
+    first: int
+    window: int
+    rules: int
+    factors: int
+    steps: int
+    tails: int  # see _fill_tails
+    last_steps: int  # of block addresses
+    block_size: int
+
+
+#: Numbers of a ``Log``, without its tag.
+LOG_WIDTH = len(Log._fields) - 1
+
+
+class _Decay(NamedTuple):
+    """What one row missed, in the type that it is computed in: mode "decay"."""
+
+    decay: Any
+
+
+class _Rule(NamedTuple):
+    """What one row missed, in the type that it is computed in: mode "dense"."""
+
+    decay: Any
+    beta1_power: Any
+    beta2_power: Any
+    weight: Any
+    c: Any
+    d1: Any
+    d2: Any
+    d3: Any
+    d4: Any
+    d5: Any
+    e1: Any
+    e2: Any
+    e3: Any
+    e4: Any
+    e5: Any
+
+
+class _TwoNodes(NamedTuple):
+    """``_Rule`` with two nodes, of which one division less is left."""
+
+    decay: Any
+    beta1_power: Any
+    beta2_power: Any
+    weight: Any
+    c: Any
+    d1: Any
+    e1: Any
+
+
+# ---------------------------------------------------------------- one element, one row
+
+
+def kind_of(log: Any) -> Any:
+    """The type of the tag in a ``Log``, given Numba's type of that."""
+    return log.types[0]
+
+
+@inline
+def log_at(kind, logs, number):  # type: ignore[no-untyped-def]
+    """The ``Log`` of a table, given its tag and the address of all tables' numbers."""
+    numbers = logs + number * (8 * LOG_WIDTH)
+    return Log(
+        kind,
+        at(numbers, 0, INT64),
+        at(numbers, 1, INT64),
+        at(numbers, 2, INT64),
+        at(numbers, 3, INT64),
+        at(numbers, 4, INT64),
+        at(numbers, 5, INT64),
+        at(numbers, 6, INT64),
+        at(numbers, 7, INT64),
+        at(numbers, 8, INT64),
+    )
+
+
+@inline
+def cell_address(blocks, block_size, row):  # type: ignore[no-untyped-def]
+    """Where the int32 of a row is in a slot of width 1, given the address of block addresses."""
+    block = np.int64(0)
+    if row >= block_size:  # never so in an Embedding
+        block = np.int64(np.uint64(row) // np.uint64(block_size))
+    return at(blocks, block, INT64) + 4 * (row - block * block_size)
+
+
+@inline
+def last_step_of(log, row):  # type: ignore[no-untyped-def]
+    """The step of a row's last update."""
+    return np.int64(at(cell_address(log.last_steps, log.block_size, row), 0, INT32))
+
+
+@inline
+def set_last_step(log, row, step):  # type: ignore[no-untyped-def]
+    """Note the step of a row's last update."""
+    view(cell_address(log.last_steps, log.block_size, row), 1, INT32)[0] = step
+
+
+@inline
+def _rule_address(log, last_step):  # type: ignore[no-untyped-def]
+    return log.rules + (last_step - log.first) * (8 * RULE_WIDTH)
+
+
+@inline
+def _factor_address(log, last_step):  # type: ignore[no-untyped-def]
+    return log.factors + 16 * np.int64(np.uint64(last_step - log.first) // np.uint64(RULE_CHUNK))
+
+
+def prefetch_missed(log: Any, last_step: int) -> None:
+    """Ask for what ``missed_since`` reads."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(prefetch_missed)
+def _prefetch_missed(log, last_step):  # type: ignore[no-untyped-def]
+    kind = kind_of(log)
+    if kind == DECAY:
+        return lambda log, last_step: prefetch(_rule_address(log, last_step))
+
+    def dense(log, last_step):  # type: ignore[no-untyped-def]
+        prefetch(_rule_address(log, last_step))
+        prefetch(_rule_address(log, last_step) + 64)
+
+    return dense if kind == DENSE else lambda log, last_step: None
+
+
+@inline
+def _decay_since(log, last_step):  # type: ignore[no-untyped-def]
+    a = at(_rule_address(log, last_step), 0, FLOAT64)
+    f = at(_factor_address(log, last_step), 0, FLOAT64)
+    return a + f + a * f
+
+
+def missed_since(log: Any, last_step: int, tag: Any) -> Any:
+    """What a row missed since its last update: ``_Decay`` or ``_Rule`` in the tag's type."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(missed_since)
+def _missed_since(log, last_step, tag):  # type: ignore[no-untyped-def]
+    if kind_of(log) == DECAY:
+        return lambda log, last_step, tag: _Decay(cast(_decay_since(log, last_step), tag))
+
+    def dense(log, last_step, tag):  # type: ignore[no-untyped-def]
+        rule, factor = _rule_address(log, last_step), _factor_address(log, last_step)
+        return _Rule(
+            cast(_decay_since(log, last_step), tag),
+            cast(at(rule, 1, FLOAT64), tag),
+            cast(at(rule, 2, FLOAT64) * at(factor, 1, FLOAT64), tag),
+            cast(at(rule, 3, FLOAT64) * (1.0 + at(factor, 0, FLOAT64)), tag),
+            cast(at(rule, 4, FLOAT64), tag),
+            cast(at(rule, 5, FLOAT64), tag),
+            cast(at(rule, 6, FLOAT64), tag),
+            cast(at(rule, 7, FLOAT64), tag),
+            cast(at(rule, 8, FLOAT64), tag),
+            cast(at(rule, 9, FLOAT64), tag),
+            cast(at(rule, 10, FLOAT64), tag),
+            cast(at(rule, 11, FLOAT64), tag),
+            cast(at(rule, 12, FLOAT64), tag),
+            cast(at(rule, 13, FLOAT64), tag),
+            cast(at(rule, 14, FLOAT64), tag),
+        )
+
+    return dense
+
+
+def two_nodes_do(missed: Any) -> bool:
+    """Whether ``with_two_nodes`` is exact enough."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(two_nodes_do)
+def _two_nodes_do(missed):  # type: ignore[no-untyped-def]
+    if missed.instance_class is _Decay or missed.types[0] != types.float32:
+        return lambda missed: False
+    return lambda missed: missed.e1 * missed.e2 <= TWO_NODES_FROM and missed.c >= LEAST_SQUARED
+
+
+def with_two_nodes(missed: Any) -> Any:
+    """The first two nodes of a rule."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(with_two_nodes)
+def _with_two_nodes(missed):  # type: ignore[no-untyped-def]
+    if missed.instance_class is _Decay:
+        return lambda missed: missed
+    return lambda missed: _TwoNodes(
+        missed.decay,
+        missed.beta1_power,
+        missed.beta2_power,
+        missed.weight,
+        missed.c,
+        missed.d1,
+        missed.e1,
+    )
+
+
+def _normal_or_zero(x: Any) -> Any:
+    """Zero in place of what is not a normal number: slow to compute with, and nothing by now."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_normal_or_zero)
+def _normal_or_zero_in(x):  # type: ignore[no-untyped-def]
+    tiny = np.finfo(np.float64 if x == types.float64 else np.float32).tiny
+    zero = type(tiny)(0)
+    return lambda x: zero if abs(x) < tiny else x
+
+
+@inline
+def _shift(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
+    """S(√exp_avg_sq), see ``Missed``: two divisions and a square root."""
+    one = cast(1.0, exp_avg_sq)
+    root = cast(math.sqrt(exp_avg_sq), exp_avg_sq)
+    inverse = one / (rule.c + root)
+    u = root * inverse
+    u = u if u < one else one  # NaN where the root is infinite
+    square = u * u
+    d5 = multiply_add(rule.d5, u, one)
+    d4 = multiply_add(multiply_add(rule.d4, u, one), d5, -rule.e5 * square)
+    d3 = multiply_add(multiply_add(rule.d3, u, one), d4, -rule.e4 * square * d5)
+    d2 = multiply_add(multiply_add(rule.d2, u, one), d3, -rule.e3 * square * d4)
+    d1 = multiply_add(multiply_add(rule.d1, u, one), d2, -rule.e2 * square * d3)
+    product = -rule.e1 * u * d2
+    return rule.weight * inverse * ((d1 + product) / multiply_add(u, product, d1))
+
+
+@inline
+def _shift_of_two(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
+    """``_shift`` with e_2 = 0, both fractions multiplied out: one division."""
+    root = cast(math.sqrt(exp_avg_sq), exp_avg_sq)
+    sum_ = rule.c + root
+    above = rule.weight * multiply_add(rule.d1 - rule.e1, root, sum_)
+    below = multiply_add(sum_, multiply_add(rule.d1, root, sum_), -rule.e1 * root * root)
+    return cast(0.0, root) if root == math.inf else above / below
+
+
+def caught_up(missed: Any, param: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:
+    """An element's weight and moments after what it missed; None: it missed nothing."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(caught_up)
+def _caught_up(missed, param, exp_avg, exp_avg_sq):  # type: ignore[no-untyped-def]
+    if missed == types.none:
+        return lambda missed, param, exp_avg, exp_avg_sq: (param, exp_avg, exp_avg_sq)
+    if missed.instance_class is _Decay:
+        return lambda missed, param, exp_avg, exp_avg_sq: (
+            param + missed.decay * param,
+            exp_avg,
+            exp_avg_sq,
+        )
+    if missed.instance_class is _TwoNodes:
+        return lambda missed, param, exp_avg, exp_avg_sq: (
+            param + (missed.decay * param - exp_avg * _shift_of_two(exp_avg_sq, missed)),
+            _normal_or_zero(exp_avg * missed.beta1_power),
+            exp_avg_sq * missed.beta2_power,
+        )
+    return lambda missed, param, exp_avg, exp_avg_sq: (
+        param + (missed.decay * param - exp_avg * _shift(exp_avg_sq, missed)),
+        _normal_or_zero(exp_avg * missed.beta1_power),
+        exp_avg_sq * missed.beta2_power,
+    )
+
+
+@jit
+def replay_row(row, work, last_step, dim, param_tag, tag, log):  # type: ignore[no-untyped-def]
+    """Catch up a row by each missed step, from its addresses into ``work``.
+
+    Args:
+        row: addresses of weights, exp_avg and exp_avg_sq.
+        work: the address of room for the three, [3, dim] of the moments' type.
+        last_step: the step of the row's last update.
+        dim: elements.
+        param_tag: of weights.
+        tag: of moments.
+        log: what there is to replay.
+    """
+    weights = view(row[0], dim, param_tag)
+    old_avg, old_avg_sq = view(row[1], dim, tag), view(row[2], dim, tag)
+    param = view(work, dim, tag)
+    exp_avg = view(work + dim * param.itemsize, dim, tag)
+    exp_avg_sq = view(work + 2 * dim * param.itemsize, dim, tag)
+    for j in range(dim):
+        param[j] = load(weights, j)
+        exp_avg[j] = old_avg[j]
+        exp_avg_sq[j] = old_avg_sq[j]
+    last_moving = min(log.t, last_step + log.window)
+    for number in range(last_step - log.first, last_moving - log.first):
+        step = log.steps + number * (8 * STEP_WIDTH)
+        decay = cast(at(step, 0, FLOAT64), tag)
+        step_size = cast(at(step, 1, FLOAT64), tag)
+        inv_sqrt_correction2 = cast(at(step, 2, FLOAT64), tag)
+        eps = cast(at(step, 3, FLOAT64), tag)
+        beta1, beta2 = cast(at(step, 4, FLOAT64), tag), cast(at(step, 5, FLOAT64), tag)
+        for j in range(dim):
+            m, v = exp_avg[j] * beta1, exp_avg_sq[j] * beta2
+            exp_avg[j], exp_avg_sq[j] = m, v
+            denom = cast(math.sqrt(v), tag) * inv_sqrt_correction2 + eps
+            param[j] -= step_size * m / denom + decay * param[j]
+    tail = log.tails + 16 * (last_step - log.first)
+    is_past = last_moving < log.t
+    tail_decay = cast(at(tail, 0, FLOAT64) if is_past else 0.0, tag)
+    beta2_power = cast(at(tail, 1, FLOAT64) if is_past else 1.0, tag)
+    for j in range(dim):
+        param[j] += tail_decay * param[j]
+        exp_avg[j] = cast(0.0, tag) if is_past else _normal_or_zero(exp_avg[j])
+        exp_avg_sq[j] *= beta2_power
+
+
+@inline
+def store_row(row, work, dim, param_tag, tag):  # type: ignore[no-untyped-def]
+    """Move a row from ``work`` to its addresses; see ``replay_row``."""
+    param, weights = view(work, dim, tag), view(row[0], dim, param_tag)
+    for j in range(dim):
+        store(weights, j, param[j])
+    row_bytes = dim * param.itemsize
+    copy_bytes(row[1], work + row_bytes, row_bytes)
+    copy_bytes(row[2], work + 2 * row_bytes, row_bytes)
+
+
+@jit
+def _fill_tails(steps, first_number, tails):  # type: ignore[no-untyped-def]
+    """What steps behind the window do to a row, by the first of them.
+
+    Args:
+        steps: address of ``Missed.steps``.
+        first_number: number of the first step there that tails are of.
+        tails: [n, 2] float64: row i becomes the product of 1 - decay, less 1, and that of beta2,
+            over the steps from number ``first_number`` + i on.
+    """
+    decay, beta2_power = 0.0, 1.0
+    for i in range(tails.shape[0] - 1, -1, -1):
+        step = steps + (first_number + i) * (8 * STEP_WIDTH)
+        decay -= at(step, 0, FLOAT64) * (1.0 + decay)
+        beta2_power *= at(step, 5, FLOAT64)
+        tails[i, 0] = decay
+        tails[i, 1] = beta2_power
+
+
+# ---------------------------------------------------------------- tables
+
+
+def make_tails(missed: Missed, untouched: str) -> np.ndarray[Any, Any]:
+    """The array that ``Log.tails`` is the address of; the caller keeps it."""
+    count = missed.t - missed.first - missed.window if untouched == "replay" else 0
+    tails = np.empty((max(count, 0), 2))
+    if count > 0:
+        _fill_tails(missed.steps.data_ptr(), missed.window, tails)
+    return tails
+
+
+def log_numbers(missed: Missed, tails: np.ndarray[Any, Any], last_step: Any) -> tuple[int, ...]:
+    """The fields of ``Log`` but its tag."""
+    return (
+        missed.t,
+        missed.first,
+        missed.window,
+        missed.rules.data_ptr(),
+        missed.factors.data_ptr(),
+        missed.steps.data_ptr(),
+        tails.ctypes.data,
+        last_step.addresses_at(),
+        last_step.block_size(),
+    )
+
+
+class _Table(NamedTuple):
+    """A table whose rows may be behind, for kernels. Slots are addresses of block addresses."""
+
+    log: Log
+    params: int
+    exp_avgs: int
+    exp_avg_sqs: int
+    dim: int
+    work: int  # [parts, 3, dim] of the moments' type, if there is anything to replay
+    param_itemsize: int
+    moment_itemsize: int
+    param_tag: Any
+    moment_tag: Any
+
+
+@inline
+def _place(blocks, block_size, row, row_bytes):  # type: ignore[no-untyped-def]
+    block = np.int64(0)
+    if row >= block_size:
+        block = np.int64(np.uint64(row) // np.uint64(block_size))
+    return at(blocks, block, INT64) + row_bytes * (row - block * block_size)
+
+
+@inline
+def _param_at(table, row):  # type: ignore[no-untyped-def]
+    row_bytes = table.dim * table.param_itemsize
+    return _place(table.params, table.log.block_size, row, row_bytes)
+
+
+@inline
+def _row_at(table, row):  # type: ignore[no-untyped-def]
+    """Addresses of a row's weights, exp_avg and exp_avg_sq."""
+    row_bytes, block_size = table.dim * table.moment_itemsize, table.log.block_size
+    return (
+        _param_at(table, row),
+        _place(table.exp_avgs, block_size, row, row_bytes),
+        _place(table.exp_avg_sqs, block_size, row, row_bytes),
+    )
+
+
+def _addresses(table: Any, row: int) -> Any:
+    """``_row_at``; in mode "decay" moments may have no memory: three times the weights'."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_addresses)
+def _addresses_in(table, row):  # type: ignore[no-untyped-def]
+    if kind_of(table.types[0]) == DECAY:
+
+        def weights(table, row):  # type: ignore[no-untyped-def]
+            param = _param_at(table, row)
+            return param, param, param
+
+        return weights
+    return lambda table, row: _row_at(table, row)
+
+
+@inline
+def _prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
+    for offset in range(0, size, 64):
+        prefetch(address + offset)
+
+
+@inline
+def _prefetch_row(table, row):  # type: ignore[no-untyped-def]
+    """Ask for what bringing a row up to date will read; its last step should be in cache."""
+    last_step = last_step_of(table.log, row)
+    if last_step == table.log.t:
+        _prefetch_bytes(_param_at(table, row), table.dim * table.param_itemsize)
+    else:
+        param, exp_avg, exp_avg_sq = _addresses(table, row)
+        _prefetch_bytes(param, table.dim * table.param_itemsize)
+        _prefetch_bytes(exp_avg, table.dim * table.moment_itemsize)
+        _prefetch_bytes(exp_avg_sq, table.dim * table.moment_itemsize)
+        prefetch_missed(table.log, last_step)
+
+
+@inline
+def _prefetch_last_step(table, row):  # type: ignore[no-untyped-def]
+    prefetch(cell_address(table.log.last_steps, table.log.block_size, row))
+
+
+@inline
+def _read_current(table, places, missed, target):  # type: ignore[no-untyped-def]
+    """Store a row's weights after what it missed at an address."""
+    dim = table.dim
+    param = view(places[0], dim, table.param_tag)
+    exp_avg = view(places[1], dim, table.moment_tag)
+    exp_avg_sq = view(places[2], dim, table.moment_tag)
+    result = view(target, dim, table.param_tag)
+    for j in range(dim):
+        w, _, _ = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
+        store(result, j, w)
+
+
+@inline
+def _catch_up_in_place(table, places, missed):  # type: ignore[no-untyped-def]
+    """Change a row's weights and moments by what it missed."""
+    dim = table.dim
+    param = view(places[0], dim, table.param_tag)
+    exp_avg = view(places[1], dim, table.moment_tag)
+    exp_avg_sq = view(places[2], dim, table.moment_tag)
+    for j in range(dim):
+        w, m, v = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
+        store(param, j, w)
+        exp_avg[j] = m
+        exp_avg_sq[j] = v
+
+
+def _current_weights(table: Any, row: int, last_step: int, part: int, target: int) -> None:
+    """Store a row's weights, brought up to date, at an address."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_current_weights)
+def _current_weights_in(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
+    kind = kind_of(table.types[0])
+    if kind == DECAY:
+
+        def decay(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
+            param = view(_param_at(table, row), table.dim, table.param_tag)
+            result = view(target, table.dim, table.param_tag)
+            missed = missed_since(table.log, last_step, table.moment_tag)
+            for j in range(table.dim):
+                w = load(param, j)
+                store(result, j, w + missed.decay * w)
+
+        return decay
+    if kind == DENSE:
+
+        def dense(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
+            missed = missed_since(table.log, last_step, table.moment_tag)
+            if two_nodes_do(missed):
+                _read_current(table, _row_at(table, row), with_two_nodes(missed), target)
+            else:
+                _read_current(table, _row_at(table, row), missed, target)
+
+        return dense
+
+    def replay(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
+        dim, places = table.dim, _row_at(table, row)
+        work = table.work + part * 3 * dim * table.moment_itemsize
+        replay_row(places, work, last_step, dim, table.param_tag, table.moment_tag, table.log)
+        param, result = view(work, dim, table.moment_tag), view(target, dim, table.param_tag)
+        for j in range(dim):
+            store(result, j, param[j])
+
+    return replay
+
+
+@jit
+def _gather_current(part, begin, end, table, rows, target):  # type: ignore[no-untyped-def]
+    row_bytes = table.dim * table.param_itemsize
+    for i in range(begin, min(begin + AHEAD, end)):
+        if rows[i] >= 0:
+            _prefetch_last_step(table, rows[i])
+    for i in range(begin - AHEAD, end):
+        if i + 2 * AHEAD < end and rows[i + 2 * AHEAD] >= 0:
+            _prefetch_last_step(table, rows[i + 2 * AHEAD])
+        if i + AHEAD < end and rows[i + AHEAD] >= 0:
+            _prefetch_row(table, rows[i + AHEAD])
+        if i < begin:
+            continue
+        row, place = rows[i], target + i * row_bytes
+        if row < 0:
+            view(place, row_bytes, BYTE)[:] = 0
+            continue
+        last_step = last_step_of(table.log, row)
+        if last_step == table.log.t:
+            copy_bytes(place, _param_at(table, row), row_bytes)
+        else:
+            _current_weights(table, row, last_step, part, place)
+    return 0
+
+
+def _catch_up_row(table: Any, row: int, last_step: int, part: int) -> None:
+    """Bring a row's weights and moments up to date in place."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_catch_up_row)
+def _catch_up_row_in(table, row, last_step, part):  # type: ignore[no-untyped-def]
+    kind = kind_of(table.types[0])
+    if kind == DENSE:
+
+        def dense(table, row, last_step, part):  # type: ignore[no-untyped-def]
+            missed = missed_since(table.log, last_step, table.moment_tag)
+            if two_nodes_do(missed):
+                _catch_up_in_place(table, _row_at(table, row), with_two_nodes(missed))
+            else:
+                _catch_up_in_place(table, _row_at(table, row), missed)
+
+        return dense
+
+    def decay(table, row, last_step, part):  # type: ignore[no-untyped-def]
+        _current_weights(table, row, last_step, part, _param_at(table, row))
+
+    def replay(table, row, last_step, part):  # type: ignore[no-untyped-def]
+        dim, place = table.dim, _row_at(table, row)
+        work = table.work + part * 3 * dim * table.moment_itemsize
+        replay_row(place, work, last_step, dim, table.param_tag, table.moment_tag, table.log)
+        store_row(place, work, dim, table.param_tag, table.moment_tag)
+
+    return decay if kind == DECAY else replay
+
+
+@inline
+def _part_of(row, parts):  # type: ignore[no-untyped-def]
+    """Which of the parts catches up a row: a multiplicative hash of its band, scaled to them."""
+    band = np.uint64(row) // np.uint64(BAND)
+    mixed = (band * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    return np.int64((mixed * np.uint64(parts)) >> np.uint64(32))
+
+
+@jit
+def _catch_up(part, begin, end, table, rows, parts, num_rows):  # type: ignore[no-untyped-def]
+    """Catch up those of all ``rows`` that parts [begin, end) have."""
+    t = table.log.t
+    mine = np.empty(COLLECTED, np.int64)
+    i = 0
+    while i < rows.size:
+        count = 0
+        while i < rows.size and count < COLLECTED:
+            row = rows[i]
+            i += 1
+            if 0 <= row < num_rows:
+                number = _part_of(row, parts)
+                if begin <= number < end:
+                    mine[count] = row
+                    count += 1
+                    _prefetch_last_step(table, row)
+        for k in range(-AHEAD, count):
+            if k + AHEAD < count:
+                _prefetch_row(table, mine[k + AHEAD])
+            if k >= 0:
+                last_step = last_step_of(table.log, mine[k])
+                if last_step != t:  # a row that is named twice is current by now
+                    _catch_up_row(table, mine[k], last_step, part)
+                    set_last_step(table.log, mine[k], t)
+    return 0
+
+
+def _table(lagging: Lagging, parts: int) -> tuple[_Table, list[Any]]:
+    """A table for kernels, and what must be kept while they run."""
+    param, dtype = lagging.param, MOMENT_DTYPE[lagging.param.dtype]
+    tails = make_tails(lagging.missed, lagging.untouched)
+    room = 3 * parts * param.dim if lagging.untouched == "replay" else 0
+    work = np.empty(room)
+    table = _Table(
+        Log(TAGS_OF[lagging.untouched], *log_numbers(lagging.missed, tails, lagging.last_step)),
+        param.addresses_at(),
+        lagging.exp_avg.addresses_at(),
+        lagging.exp_avg_sq.addresses_at(),
+        param.dim,
+        work.ctypes.data,
+        param.dtype.itemsize,
+        dtype.itemsize,
+        TAGS[param.dtype],
+        TAGS[dtype],
+    )
+    return table, [tails, work]
+
+
+def gather_current(lagging: Lagging, rows: torch.Tensor) -> torch.Tensor:
+    """The weights of the named rows, brought up to date; nothing is written.
+
+    Args:
+        lagging: the table.
+        rows: [N] int64, in range or ``MISSING``, which reads as zeros.
+
+    Returns:
+        values [N, D] of the weights' dtype.
+    """
+    param = lagging.param
+    values = torch.empty(rows.numel(), param.dim, dtype=param.dtype, device="cpu")
+    parts = num_parts(rows.numel(), GRAIN_ELEMENTS // param.dim)
+    table, _kept = _table(lagging, parts)
+    parallel_for(_gather_current, rows.numel(), parts, table, array_of(rows), values.data_ptr())
+    return values
+
+
+def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
+    """Bring the named rows up to date: weights, moments and ``last_step``.
+
+    Each part takes the rows in bands of its own, so that no two write to one row.
+
+    Args:
+        lagging: changed in place.
+        rows: [N] int64; may repeat. ``MISSING`` and rows out of range are passed over.
+    """
+    parts = num_parts(rows.numel(), GRAIN_ELEMENTS // lagging.param.dim)
+    table, _kept = _table(lagging, parts)
+    num_rows = min(lagging.param.num_rows(), lagging.last_step.num_rows())
+    parallel_for(_catch_up, parts, parts, table, array_of(rows), parts, num_rows)
+
+
+# ---------------------------------------------------------------- rules
+
+# Rows of a tile, each of TILE entries: those of ``state``, then room.
+_KEPT, _BETA1, _BETA2, _COUNT, _ALPHA = range(5)
+_BETA = _ALPHA + RULE_NODES
+_NODE = _BETA + RULE_NODES
+_GAMMA, _SIGMA, _SHIFT, _REST, _ROWS = range(_NODE + 1, _NODE + 6)
+
+
+@jit
+def _extend_tile(tile, step):  # type: ignore[no-untyped-def]
+    """Take one more step into TILE entries.
+
+    Loops of fixed length over one array, whose rows are a fixed distance apart, become vector
+    code. Gragg and Harwood's RKPW ("The numerically stable reconstruction of Jacobi matrices from
+    spectral data", Numerische Mathematik 44, 1984): row k of the matrices at a time.
+    """
+    decay, step_size, inv_sqrt_correction2, eps, beta1, beta2 = step
+    for i in range(TILE):
+        tile[_KEPT * TILE + i] *= 1.0 - decay
+        tile[_BETA1 * TILE + i] *= beta1
+        tile[_BETA2 * TILE + i] *= beta2
+        tile[_BETA * TILE + i] *= 1.0 - decay
+        rho = 1.0 / (inv_sqrt_correction2 * math.sqrt(tile[_BETA2 * TILE + i]))
+        weight, node = step_size * tile[_BETA1 * TILE + i] * rho, 1.0 / (eps * rho)
+        is_node = (weight > 0.0) & (weight < np.inf) & (node < np.inf)
+        tile[_REST * TILE + i] = weight if is_node else 0.0
+        tile[_NODE * TILE + i] = node if is_node else 0.0
+        tile[_GAMMA * TILE + i] = 1.0
+        tile[_SIGMA * TILE + i] = 0.0
+        tile[_SHIFT * TILE + i] = 0.0
+    for k in range(RULE_NODES):
+        for i in range(TILE):
+            is_there = k < tile[_COUNT * TILE + i]
+            node, rest = tile[_NODE * TILE + i], tile[_REST * TILE + i]
+            alpha = tile[(_ALPHA + k) * TILE + i] if is_there else node
+            beta = tile[(_BETA + k) * TILE + i] if is_there else 0.0
+            total = beta + rest
+            tile[(_BETA + k) * TILE + i] = tile[_GAMMA * TILE + i] * total
+            gamma = beta / total if total > 0.0 else 1.0
+            sigma = rest / total if total > 0.0 else 0.0
+            shift = sigma * (alpha - node) - gamma * tile[_SHIFT * TILE + i]
+            tile[(_ALPHA + k) * TILE + i] = alpha - (shift - tile[_SHIFT * TILE + i])
+            rest_before = tile[_SIGMA * TILE + i] * beta
+            tile[_REST * TILE + i] = shift * shift / sigma if sigma > 0.0 else rest_before
+            tile[_GAMMA * TILE + i] = gamma
+            tile[_SIGMA * TILE + i] = sigma
+            tile[_SHIFT * TILE + i] = shift
+    for i in range(TILE):
+        count = tile[_COUNT * TILE + i]
+        is_node = tile[_NODE * TILE + i] > 0.0
+        tile[_COUNT * TILE + i] = min(count + (1.0 if is_node else 0.0), float(RULE_NODES))
+
+
+@jit
+def _fill_rules(tile, rules, count):  # type: ignore[no-untyped-def]
+    """Fill rules [count, RULE_WIDTH] from the first entries of a tile; see ``Missed.rules``."""
+    for i in range(count):
+        rule, nodes = view(rules + 8 * RULE_WIDTH * i, RULE_WIDTH, FLOAT64), tile[_COUNT * TILE + i]
+        c = 1.0 / tile[_ALPHA * TILE + i] if nodes > 0.0 else 1.0
+        rule[0] = tile[_KEPT * TILE + i] - 1.0
+        rule[1] = tile[_BETA1 * TILE + i]
+        rule[2] = tile[_BETA2 * TILE + i]
+        rule[3] = tile[_BETA * TILE + i]
+        rule[4] = max(c, SMALLEST)
+        for k in range(1, RULE_NODES):
+            d = tile[(_ALPHA + k) * TILE + i] * c - 1.0
+            rule[4 + k] = d if k < nodes else 0.0
+            rule[4 + RULE_NODES - 1 + k] = tile[(_BETA + k) * TILE + i] * c * c
+        rule[RULE_WIDTH - 1] = 0.0
+
+
+@jit
+def _extend(state, state_width, rules, begin, end, step):  # type: ignore[no-untyped-def]
+    """Extend entries [begin, end); arrays are addresses, of which a call unpacks none."""
+    tile = np.zeros(_ROWS * TILE)
+    numbers = (
+        at(step, 0, FLOAT64),
+        at(step, 1, FLOAT64),
+        at(step, 2, FLOAT64),
+        at(step, 3, FLOAT64),
+        at(step, 4, FLOAT64),
+        at(step, 5, FLOAT64),
+    )
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        for row in range(_NODE):
+            entries = view(state + 8 * (row * state_width + first), count, FLOAT64)
+            for i in range(count):
+                tile[row * TILE + i] = entries[i]
+        _extend_tile(tile, numbers)
+        for row in range(_NODE):
+            entries = view(state + 8 * (row * state_width + first), count, FLOAT64)
+            for i in range(count):
+                entries[i] = tile[row * TILE + i]
+        _fill_rules(tile, rules + 8 * RULE_WIDTH * first, count)
+
+
+def extend_rules_(
+    state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
+) -> None:
+    """Take one more missed step into entries [begin, end) of ``Missed.rules``.
+
+    Args:
+        state: [4 + 2 * RULE_NODES, n] float64, changed in place; for each entry the product of
+            1 - lr * weight_decay, of beta1, and of beta2, over the steps so far; how many nodes
+            its rule has; diagonal and off-diagonal of the rule's Jacobi matrix, the latter squared
+            and led by the sum of all weights.
+        rules: [n, RULE_WIDTH] float64, changed in place.
+        begin: first entry.
+        end: one beyond the last.
+        step: [STEP_WIDTH] float64, a row of ``Missed.steps``.
+    """
+    _extend(state.data_ptr(), state.stride(0), rules.data_ptr(), begin, end, step.data_ptr())

@@ -1,0 +1,112 @@
+"""Rows that no batch touched, in modes "decay" and "dense": logs of steps, and catching up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ._types import Hyperparams
+from .embedding_hooks import hook
+from .embedding_table import EmbeddingTable, table_behind
+from .missed_steps import MissedSteps, step_scalars
+from .tables import Table, bring_up_to_date
+
+
+def require_keeps(name: str, table: Table, group: Mapping[str, Any]) -> None:
+    """See to it that the table can keep what a group's settings ask of each row.
+
+    Raises:
+        TypeError: a weight was given without its module, or a table of RecIS.
+        ValueError: the module writes to its weight (``max_norm``).
+    """
+    untouched = group.get("untouched", "skip")
+    if not table.keeps_steps and (untouched != "skip" or group.get("bias_correction") == "row"):
+        raise TypeError(
+            f"{name}: {type(table).__name__} keeps no step for each row, which "
+            f"untouched={untouched!r} with bias_correction={group.get('bias_correction')!r} needs; "
+            f"use a HashTable of this package, or untouched='skip' and bias_correction='table'"
+        )
+    if untouched == "skip":
+        return
+    if isinstance(table, EmbeddingTable):
+        if table.module is None:
+            raise TypeError(
+                f"{name}: with untouched={untouched!r} give the module (torch.nn.Embedding or "
+                f"EmbeddingBag) instead of its weight: rows must be brought up to date before it "
+                f"reads them"
+            )
+        if table.module.max_norm is not None:
+            raise ValueError(
+                f"{name}: max_norm rescales rows whenever they are read, which untouched="
+                f"{untouched!r} cannot make up for; use max_norm=None or untouched='skip'"
+            )
+
+
+def take_over(table: Table, untouched: str) -> None:
+    """Prepare a table for a new owner: what its rows missed under the former one comes first."""
+    if isinstance(table, EmbeddingTable):
+        former = table_behind(table.weight)
+        if former is not None:
+            bring_up_to_date(former)
+            former.leave()
+        if table.module is not None:
+            hook(table.module, table if untouched != "skip" else None)
+    else:
+        bring_up_to_date(table)
+    table.drop_moments()
+    table.untouched = untouched
+
+
+def restart(tables: Iterable[Table]) -> None:
+    """Drop logs that say nothing any more: all rows of these tables are up to date."""
+    fresh: dict[int, MissedSteps] = {}
+    for table in tables:
+        if (log := table.missed) is not None:
+            table.missed = fresh.setdefault(id(log), MissedSteps(log.dense, log.t))
+
+
+def make_room(tables: Iterable[Table]) -> None:
+    """Bring up to date the rows that keep a log from forgetting its oldest half, if it is full."""
+    full: dict[int, tuple[MissedSteps, list[Table]]] = {}
+    for table in tables:
+        if (log := table.missed) is not None and log.oldest_to_keep() is not None:
+            full.setdefault(id(log), (log, []))[1].append(table)
+    for log, sharers in full.values():
+        before = log.oldest_to_keep()
+        assert before is not None
+        for table in sharers:
+            bring_up_to_date(table, before)
+        log.forget_before(before)
+
+
+def prepare_to_count(
+    stepping: Sequence[tuple[Table, Hyperparams]], tables: Iterable[Table]
+) -> Callable[[], None]:
+    """Make ready to note a step of some of an optimizer's tables; the result notes it.
+
+    Tables share a log as long as they make the same steps.
+    """
+    sharers = Counter(id(table.missed) for table in tables)
+    together: dict[tuple[int, tuple[float, ...]], list[Table]] = {}
+    for table, hyper in stepping:
+        if (log := table.missed) is not None:
+            step = step_scalars(hyper, log.t + 1)
+            together.setdefault((id(log), step), []).append(table)
+    plans = []
+    for (_, step), members in together.items():
+        log = members[0].missed
+        assert log is not None
+        if sharers[id(log)] > len(members):  # others stay behind
+            sharers[id(log)] -= len(members)
+            log = log.clone()
+        log.reserve()
+        plans.append((log, step, members))
+
+    def count() -> None:
+        for log, step, members in plans:
+            for table in members:
+                table.missed = log
+            log.advance(step)
+
+    return count

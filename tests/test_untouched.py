@@ -1,0 +1,833 @@
+"""Rows that no batch touched: dense AdamW's result, and decay alone (docs/untouched.md).
+
+What is compared with is torch.optim.AdamW in float64 on the whole table.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from oracle import bits as bytes_of
+
+from cupy_sparse_adamw import (
+    ConstantInitializer,
+    FilterHook,
+    HashTable,
+    NormalInitializer,
+    SparseAdamW,
+    checkpoint,
+    filter_out_sparse_param,
+    functional,
+    missed_steps,
+)
+from cupy_sparse_adamw.row_table import RowTable
+
+ROWS, DIM = 24, 3
+KINDS = ("HashTable", "Embedding", "EmbeddingBag")
+
+
+def bits(x: torch.Tensor) -> bytes:
+    """For bitwise comparison."""
+    return bytes_of(x.cpu()).numpy().tobytes()
+
+
+def zipf_ids(count: int, rows: int, exponent: float, random: torch.Generator) -> torch.Tensor:
+    shares = torch.arange(1, rows + 1, dtype=torch.float64) ** -exponent
+    return torch.multinomial(shares, count, replacement=True, generator=random)
+
+
+def make_table(kind: str, weights: torch.Tensor, dtype: torch.dtype = torch.float64):
+    """A table of rows 0, 1, ... with these weights [R, D] float64."""
+    rows, dim = weights.shape
+    if kind == "HashTable":
+        table = HashTable([dim], block_size=8, dtype=dtype, device=weights.device)
+        table.insert(torch.arange(rows), weights.to(dtype))
+        return table
+    module = getattr(torch.nn, kind)(rows, dim, sparse=True, dtype=dtype)
+    with torch.no_grad():
+        module.weight.copy_(weights)
+    return module
+
+
+def look_up(table: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return table(ids[:, None]) if isinstance(table, torch.nn.EmbeddingBag) else table(ids)
+
+
+class Run:
+    """Our table and a dense float64 one, trained on the same batches; losses depend on weights."""
+
+    def __init__(self, kind, dtype=torch.float64, mode="dense", rows=ROWS, dim=DIM, **settings):
+        self.random = torch.Generator().manual_seed(11)
+        weights = torch.randn(rows, dim, generator=self.random, dtype=torch.float64, device="cpu")
+        weights = weights.to(torch.get_default_device())
+        settings = {"lr": 1e-2, "weight_decay": 0.1, **settings}
+        self.table = make_table(kind, weights, dtype)
+        self.optimizer = SparseAdamW({"table": self.table}, untouched=mode, **settings)
+        betas = settings.pop("beta1", 0.9), settings.pop("beta2", 0.999)
+        self.dense = torch.nn.Parameter(weights.clone())
+        self.dense_optimizer = torch.optim.AdamW([self.dense], betas=betas, **settings)
+
+    def ids(self, count: int) -> torch.Tensor:
+        rows = self.dense.shape[0]
+        ids = torch.randint(0, rows, (count,), generator=self.random, device="cpu")
+        return ids.to(self.dense.device)
+
+    def backward(self, ids: torch.Tensor) -> None:
+        target = torch.randn(
+            len(ids), self.dense.shape[1], generator=self.random, dtype=torch.float64, device="cpu"
+        ).to(ids.device)
+        for values in (look_up(self.table, ids).double(), self.dense[ids]):
+            (torch.tanh(2 * values) - target).pow(2).sum().backward()
+
+    def step(self) -> None:
+        for optimizer in (self.optimizer, self.dense_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def train(self, steps: int, count: int = 3, prepare=lambda run, i: None) -> None:
+        for i in range(steps):
+            prepare(self, i)
+            self.backward(self.ids(count))
+            self.step()
+
+    def weights(self) -> torch.Tensor:
+        rows = torch.arange(self.dense.shape[0])
+        return self.optimizer.caught_up("table", rows).double()
+
+    def error(self) -> float:
+        """Largest difference to the dense table, relative to its largest element."""
+        dense = self.dense.detach()
+        error = (self.weights() - dense).abs().max() / dense.abs().max()
+        return float(error)
+
+
+def settings_of(**changes):
+    """What ``prepare`` does to change the settings of both optimizers alike."""
+
+    def prepare(run: Run, i: int) -> None:
+        for key, value in changes.items():
+            for optimizer in (run.optimizer, run.dense_optimizer):
+                optimizer.param_groups[0][key] = value(i)
+
+    return prepare
+
+
+# ---------------------------------------------------------------------- dense AdamW's result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_dense_adamw_in_float64(engine, kind):
+    steps = 1000 if engine == "cpu" else 150
+    run = Run(kind)
+    run.train(steps)
+    assert run.error() <= 1e-12
+    state = run.optimizer.state_dict()["state"]["table"]  # brings everything up to date
+    dense = run.dense_optimizer.state[run.dense]
+    order = state.get("ids", torch.arange(ROWS)).argsort()
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.allclose(state[key][order], dense[key], rtol=1e-10, atol=1e-16)
+    if kind != "HashTable":
+        assert torch.allclose(run.table.weight.detach(), run.dense.detach(), rtol=0, atol=1e-12)
+
+
+def test_stale_reads_are_not_dense_adamw(monkeypatch):
+    """Catching up in ``step`` alone would not do: the same run is off by far more."""
+    monkeypatch.setattr(
+        RowTable, "read", lambda table, rows: functional.gather(table._store.embedding, rows)
+    )
+    run = Run("HashTable")
+    run.train(1000)
+    assert run.error() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_as_dense_adamw_by_rules(engine, dtype):
+    run = Run("HashTable", dtype)
+    run.train(300 if engine == "cpu" else 60)
+    limit = {torch.float32: 2e-6, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
+    assert run.error() <= limit
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"beta1": 0.95, "weight_decay": 0.1}, {"beta1": 0.99}, {"beta2": 0.95}],
+    ids=["default", "beta1=.95", "beta1=.99", "beta2=.95"],
+)
+def test_error_is_at_most_twice_that_of_dense_float32(settings):
+    """Zipf ids, warmup and cosine to 1e-2, 1,000 steps, gradients that depend on what was read."""
+    rows, steps = 300, 1000
+    run = Run("HashTable", torch.float32, rows=rows, **settings)
+    float32 = torch.nn.Parameter(run.dense.detach().float())
+    group = run.dense_optimizer.param_groups[0]
+    keys = ("lr", "betas", "eps", "weight_decay")
+    theirs = torch.optim.AdamW([float32], **{key: group[key] for key in keys})
+    for i in range(steps):
+        lr = 1e-2 * min((i + 1) / 100, 0.5 + 0.5 * torch.cos(torch.tensor(3.14159 * i / steps)))
+        for optimizer in (run.optimizer, run.dense_optimizer, theirs):
+            optimizer.param_groups[0]["lr"] = float(lr)
+        ids = zipf_ids(8, rows, 1.1, run.random)
+        before = run.random.get_state()
+        run.backward(ids)
+        run.random.set_state(before)
+        target = torch.randn(len(ids), DIM, generator=run.random, dtype=torch.float64)
+        (torch.tanh(2 * float32[ids].double()) - target).pow(2).sum().backward()
+        run.step()
+        theirs.step()
+        theirs.zero_grad()
+    scale = run.dense.abs().max()
+    ours = (run.weights() - run.dense.detach()).abs().max() / scale
+    torchs = (float32.double() - run.dense).abs().max() / scale
+    assert ours <= 2 * torchs
+
+
+def test_decay_alone(engine):
+    """Rows that are not touched get the decay they missed, exactly, and keep their moments."""
+    run = Run("HashTable", mode="decay")
+    ids, expected = torch.arange(ROWS), None
+    for i in range(40):
+        lr = 1e-2 * (1 + i % 3)
+        run.optimizer.param_groups[0]["lr"] = lr
+        if i == 10:
+            expected = run.weights()
+            moments = run.optimizer.state_dict()["state"]["table"]
+            row = int((moments["ids"] == 5).nonzero())
+            kept = moments["exp_avg"][row].clone(), moments["exp_avg_sq"][row].clone()
+        if i >= 10:
+            expected = expected * (1 - lr * 0.1)
+            run.backward(torch.tensor([1, 2]))
+        else:
+            run.backward(ids)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    others = ids[(ids != 1) & (ids != 2)]
+    assert torch.allclose(run.weights()[others], expected[others], rtol=1e-13, atol=0)
+    after = run.optimizer.state_dict()["state"]["table"]
+    row = int((after["ids"] == 5).nonzero())
+    assert bits(after["exp_avg"][row]) == bits(kept[0])
+    assert bits(after["exp_avg_sq"][row]) == bits(kept[1])
+
+
+@pytest.mark.parametrize("mode", ["decay", "dense"])
+def test_a_zero_gradient_is_no_gradient(engine, mode):
+    """A row that gets a zero gradient in each step moves as one that no batch touches."""
+    if mode == "decay":
+        pytest.skip("with decay alone momentum of touched rows goes on")
+    ends = []
+    for explicit in (False, True):
+        run = Run("HashTable", mode=mode)
+        run.train(20)
+        for _ in range(30):
+            ids = torch.tensor([1, 4, 7])
+            values = run.table(torch.cat([ids, torch.arange(10, 16)]) if explicit else ids)
+            (torch.tanh(values[:3]) * 3).sum().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        ends.append(run.weights())
+    assert torch.allclose(ends[0], ends[1], rtol=0, atol=1e-14)
+
+
+# ---------------------------------------------------------------------- time
+
+
+def test_a_learning_rate_of_zero_first(engine):
+    run = Run("HashTable")
+    run.train(40, prepare=settings_of(lr=lambda i: 0.0 if i < 6 else 1e-2))
+    assert run.error() <= 1e-12
+    run = Run("HashTable", torch.float32)
+    run.train(40, prepare=settings_of(lr=lambda i: 0.0 if i < 6 else 1e-2))
+    assert run.error() <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_settings_that_change(engine, dtype):
+    run = Run("Embedding", dtype)
+    change = settings_of(
+        betas=lambda i: (0.9 if i % 20 < 10 else 0.8, 0.999 if i < 30 else 0.99),
+        eps=lambda i: 1e-8 if i % 7 else 1e-3,
+        weight_decay=lambda i: 0.1 * (i % 3),
+    )
+    run.train(60, prepare=change)
+    assert run.error() <= (1e-12 if dtype is torch.float64 else 4e-6)
+
+
+def test_time_passes_for_a_table_with_a_gradient_only(engine):
+    """Of two tables one misses every third step: both as dense AdamW has it."""
+    runs = Run("HashTable"), Run("HashTable")
+    tables = {"a": runs[0].table, "b": runs[1].table}
+    together = SparseAdamW(tables, lr=1e-2, weight_decay=0.1, untouched="dense")
+    for run, name in zip(runs, tables, strict=True):
+        run.optimizer = together
+        run.weights = lambda name=name: together.caught_up(name, torch.arange(ROWS))
+    for i in range(50):
+        going = runs if i % 3 else runs[:1]
+        for run in going:
+            run.backward(run.ids(3))
+        together.step()
+        together.zero_grad()
+        for run in going:
+            run.dense_optimizer.step()
+            run.dense_optimizer.zero_grad()
+    assert max(run.error() for run in runs) <= 1e-12
+    state = together.state_dict()["state"]
+    assert (state["a"]["step"], state["b"]["step"]) == (50, 33)
+
+
+def test_tables_share_a_log_until_they_part():
+    tables = {name: make_table("HashTable", torch.ones(4, 2)) for name in "abcd"}
+    optimizer = SparseAdamW(tables, untouched="dense")
+
+    def step(names):
+        for name in names:
+            tables[name](torch.tensor([1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def sharers():
+        logs = [id(table.missed) for table in tables.values()]
+        return [logs.index(log) for log in logs]
+
+    step("abcd")
+    step("abcd")
+    assert sharers() == [0, 0, 0, 0]
+    step("ab")
+    assert sharers() == [0, 0, 2, 2]
+    step("abcd")
+    step("bc")
+    assert len({id(table.missed) for table in tables.values()}) == 4
+    assert [table.missed.t for table in tables.values()] == [4, 5, 4, 3]
+
+
+def test_micro_batches_are_one_step(engine):
+    run = Run("HashTable")
+    run.optimizer.set_grad_accum_steps(3)
+    for _ in range(12):
+        for _ in range(3):
+            run.backward(run.ids(2))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        run.dense_optimizer.step()
+        run.dense_optimizer.zero_grad()
+    assert run.error() <= 1e-12
+    assert run.table.missed.t == 12
+
+
+def test_a_gradient_without_rows_is_a_step(engine):
+    run = Run("HashTable")
+    run.train(5)
+    for _ in range(7):
+        run.backward(torch.empty(0, dtype=torch.int64))
+        run.step()
+    assert run.table.missed.t == 12
+    assert run.error() <= 1e-12
+
+
+SCHEDULERS = {
+    "StepLR": lambda o, s: s.StepLR(o, 5, 0.5),
+    "MultiStepLR": lambda o, s: s.MultiStepLR(o, [5, 20], 0.3),
+    "ConstantLR": lambda o, s: s.ConstantLR(o, 0.5, 8),
+    "LinearLR": lambda o, s: s.LinearLR(o, 0.1, 1.0, 10),
+    "ExponentialLR": lambda o, s: s.ExponentialLR(o, 0.95),
+    "PolynomialLR": lambda o, s: s.PolynomialLR(o, 25, 2.0),
+    "CosineAnnealingLR": lambda o, s: s.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o, s: s.CosineAnnealingWarmRestarts(o, 7),
+    "CyclicLR": lambda o, s: s.CyclicLR(o, 1e-3, 1e-2, 5, base_momentum=0.8, max_momentum=0.9),
+    "OneCycleLR": lambda o, s: s.OneCycleLR(o, 1e-2, total_steps=40),
+    "LambdaLR": lambda o, s: s.LambdaLR(o, lambda i: 1 / (1 + i)),
+    "MultiplicativeLR": lambda o, s: s.MultiplicativeLR(o, lambda i: 0.9),
+    "SequentialLR": lambda o, s: s.SequentialLR(
+        o, [s.ConstantLR(o, 0.1, 5), s.ExponentialLR(o, 0.9)], [5]
+    ),
+    "ChainedScheduler": lambda o, s: s.ChainedScheduler(
+        [s.ConstantLR(o, 0.1, 5), s.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+def test_every_scheduler(name):
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        run = Run("HashTable", dtype)
+        schedulers = [
+            SCHEDULERS[name](optimizer, torch.optim.lr_scheduler)
+            for optimizer in (run.optimizer, run.dense_optimizer)
+        ]
+        for _ in range(30):
+            run.train(1)
+            for scheduler in schedulers:
+                scheduler.step()
+        assert run.error() <= limit
+
+
+def test_plateau_scheduler():
+    run = Run("HashTable")
+    schedulers = [
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+        for optimizer in (run.optimizer, run.dense_optimizer)
+    ]
+    for _ in range(30):
+        run.train(1)
+        for scheduler in schedulers:
+            scheduler.step(1.0)
+    assert run.optimizer.param_groups[0]["lr"] < 1e-3
+    assert run.error() <= 1e-12
+
+
+def test_a_full_log_forgets_its_older_half(engine, monkeypatch):
+    monkeypatch.setattr(missed_steps, "MAX_ENTRIES", 1024)
+    run = Run("HashTable", torch.float32, rows=6)
+    longest = 0
+    steps = 1300 if engine == "cpu" else 1100
+    for i in range(steps):
+        run.train(1, count=1)
+        longest = max(longest, run.table.missed.t - run.table.missed.first)
+        if i == 20:  # from now on row 5 is behind
+            run.ids = lambda count: torch.randint(0, 5, (1,), generator=run.random)
+    assert longest < 1024
+    assert run.table.missed.first > 0
+    assert run.error() <= 2e-6
+
+
+# ---------------------------------------------------------------------- rows that come and go
+
+
+def test_a_reused_row_carries_no_old_motion(engine):
+    run = Run("HashTable")
+    run.train(10)
+    table = run.table
+    rows = dict(zip(*(x.tolist() for x in table.ids_map()), strict=True))
+    table.delete(torch.tensor([3]))
+    table(torch.tensor([1003]))
+    assert dict(zip(*(x.tolist() for x in table.ids_map()), strict=True))[1003] == rows[3]
+    assert run.optimizer.caught_up("table", torch.tensor([1003])).tolist() == [[0.0] * DIM]
+    table.insert(torch.tensor([1003]), torch.ones(1, DIM, dtype=torch.float64))
+    for _ in range(8):
+        table(torch.tensor([0])).sum().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    value = run.optimizer.caught_up("table", torch.tensor([1003]))
+    expected = torch.full_like(value, (1 - 1e-2 * 0.1) ** 8)  # decay is all it missed
+    assert torch.allclose(value, expected, rtol=1e-13, atol=0)
+
+
+def test_an_evicted_row_begins_anew():
+    table = HashTable(
+        [2],
+        dtype=torch.float64,
+        initializer=NormalInitializer(std=1.0),
+        filter_hook=FilterHook("LRU", {"max_rows": 4}),
+    )
+    optimizer = SparseAdamW({"t": table}, lr=0.1, weight_decay=0.1, untouched="dense")
+    first = table(torch.tensor([7])).detach().clone()
+    for id_ in range(7, 30):
+        table(torch.tensor([id_])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 7 not in table.ids().tolist()
+    assert bits(table(torch.tensor([7])).detach()) == bits(first)
+
+
+def test_insert_over_a_row_sets_it_as_of_now(engine):
+    run = Run("HashTable")
+    run.train(10)
+    run.backward(torch.tensor([0]))  # row 5 is behind
+    run.step()
+    new = torch.full((1, DIM), 7.0, dtype=torch.float64)
+    run.table.insert(torch.tensor([5]), new)
+    with torch.no_grad():
+        run.dense[5] = 7.0
+    assert bits(run.weights()[5]) == bits(new[0])
+    run.train(20)
+    assert run.error() <= 1e-12
+
+
+def test_new_rows_miss_nothing_of_before(engine):
+    table = HashTable([2], dtype=torch.float64, block_size=2, initializer=ConstantInitializer(1.0))
+    optimizer = SparseAdamW({"t": table}, lr=0.1, weight_decay=0.5, untouched="decay")
+    for i in range(20):  # the table grows by blocks
+        with torch.no_grad():
+            assert table(torch.tensor([100 + i])).tolist() == [[1.0, 1.0]]
+        table.insert(torch.tensor([200 + i]), torch.ones(1, 2, dtype=torch.float64))
+        table(torch.tensor([0])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = 0.95 ** (20.0 - torch.arange(20)).double()
+    for first in (100, 200):
+        values = optimizer.caught_up("t", first + torch.arange(20))[:, 0]
+        assert torch.allclose(values, expected, rtol=1e-13, atol=0)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_flush_and_evaluation(engine, kind, dtype):
+    """Flushing twice is flushing once; an evaluation in between changes no bit of training."""
+    ends = []
+    for evaluates in (False, True):
+        run = Run(kind, dtype)
+        for _ in range(5):
+            run.train(4)
+            if evaluates:
+                run.table.eval()
+                with torch.no_grad():
+                    read = look_up(run.table, torch.arange(ROWS))
+                run.table.train()
+                assert bits(read) == bits(run.optimizer.caught_up("table", torch.arange(ROWS)))
+        run.optimizer.flush()
+        once = run.weights()
+        run.optimizer.flush(["table"])
+        run.optimizer.flush()
+        assert bits(run.weights()) == bits(once)
+        ends.append(once)
+    assert bits(ends[0]) == bits(ends[1])
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 3, -2])
+def test_a_bag_in_eval_mode(mode, padding):
+    torch.manual_seed(3)
+    bag = torch.nn.EmbeddingBag(
+        10, 2, sparse=True, mode=mode, padding_idx=padding, dtype=torch.float64
+    )
+    optimizer = SparseAdamW({"bag": bag}, lr=0.1, untouched="dense")
+    for i in range(6):
+        bag(torch.tensor([[i, 9]])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ids, offsets = torch.tensor([1, 3, 8, 8, 3, 2]), torch.tensor([0, 2, 5])
+    factors = torch.rand(6, dtype=torch.float64) if mode == "sum" else None
+    bag.eval()
+    with torch.no_grad():
+        read = [bag(ids, offsets, factors), bag(ids.view(2, 3)), bag(input=ids, offsets=offsets)]
+        optimizer.flush()
+        again = [bag(ids, offsets, factors), bag(ids.view(2, 3)), bag(input=ids, offsets=offsets)]
+    for one, other in zip(read, again, strict=True):
+        assert torch.allclose(one, other, rtol=1e-14, atol=1e-15)
+        assert one.abs().sum() > 0
+
+
+def test_gradients_in_eval_mode_arrive_and_the_step_refuses_them():
+    run = Run("Embedding")
+    run.train(10)
+    run.table.eval()
+    ids = torch.tensor([0, 5, 5, 9])
+    values = run.table(ids)
+    assert bits(values.detach()) == bits(run.weights()[ids])
+    values.sum().backward()
+    before = run.weights()
+    with pytest.raises(RuntimeError, match=r"table 'table': gradients came for rows that were beh"):
+        run.optimizer.step()
+    assert bits(run.weights()) == bits(before)
+
+
+def test_reads_past_the_hook_raise(engine):
+    run = Run("Embedding")
+    run.train(3, count=20)
+    run.train(1, count=1)
+    run.optimizer.zero_grad()
+    torch.nn.functional.embedding(
+        torch.arange(ROWS), run.table.weight, sparse=True
+    ).sum().backward()
+    before = run.weights()
+    with pytest.raises(RuntimeError, match="through the module that the optimizer was given"):
+        run.optimizer.step()
+    assert bits(run.weights()) == bits(before)
+    run.optimizer.flush()  # all are up to date now, whoever reads them
+    run.optimizer.step()
+
+
+def test_frozen_factors_of_a_bag_only():
+    bag = torch.nn.EmbeddingBag(4, 2, sparse=True, mode="sum")
+    optimizer = SparseAdamW({"bag": bag}, untouched="dense")
+    bag(torch.tensor([[1]])).sum().backward()
+    optimizer.step()
+    bag.eval()
+    factors = torch.ones(1, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients of per_sample_weights"):
+        bag(torch.tensor([[1, 2]]), per_sample_weights=factors)
+
+
+def test_out_of_range_ids_are_torchs_to_refuse():
+    run = Run("Embedding")
+    run.train(4)
+    before = bits(run.table.weight.detach())
+    with pytest.raises(IndexError):
+        run.table(torch.tensor([ROWS]))
+    assert bits(run.table.weight.detach()) == before
+    with pytest.raises(IndexError, match=rf"names row {ROWS}, but the table has {ROWS} rows"):
+        run.optimizer.caught_up("table", torch.tensor([ROWS]))
+
+
+# ---------------------------------------------------------------------- state
+
+
+class Model(torch.nn.Module):
+    def __init__(self, dtype=torch.float32, block_size=4):
+        super().__init__()
+        random = torch.Generator().manual_seed(3)
+        self.table = HashTable(
+            [DIM],
+            block_size=block_size,
+            dtype=dtype,
+            initializer=NormalInitializer(std=0.5, generator=random),
+        )
+        self.embedding = torch.nn.Embedding(ROWS, DIM, sparse=True, dtype=dtype)
+        self.bag = torch.nn.EmbeddingBag(ROWS, DIM, sparse=True, dtype=dtype)
+
+    def forward(self, ids):
+        return torch.tanh(self.table(ids) * self.embedding(ids) + self.bag(ids[:, None])).sum()
+
+
+def model_and_optimizer(mode, **settings):
+    torch.manual_seed(5)
+    model = Model(**settings)
+    tables = filter_out_sparse_param(model)
+    return model, SparseAdamW(tables, lr=1e-2, weight_decay=0.1, untouched=mode)
+
+
+def train(model, optimizer, begin, end):
+    for i in range(begin, end):
+        ids = torch.randint(0, ROWS, (3,), generator=torch.Generator().manual_seed(i))
+        if i % 5 == 4:  # two tables miss the step
+            model.embedding(ids).pow(2).sum().backward()
+        else:
+            model(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def current(model):
+    """What the tables read as, by id or row."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(ROWS)
+    with torch.no_grad():
+        read = [model.table(ids), model.embedding(ids), model.bag(ids[:, None])]
+    model.train(training)
+    return [bits(x) for x in read]
+
+
+def exp_avg_by_id(optimizer):
+    """(table, id) -> first moments."""
+    result = {}
+    for name, state in optimizer.state_dict()["state"].items():
+        ids = state.get("ids", torch.arange(ROWS)).tolist()
+        result |= {(name, i): bits(x) for i, x in zip(ids, state["exp_avg"], strict=True)}
+    return result
+
+
+@pytest.mark.parametrize("mode", ["decay", "dense"])
+def test_state_dicts_resume_bitwise(engine, mode):
+    model, optimizer = model_and_optimizer(mode)
+    train(model, optimizer, 0, 20)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, 20, 40)
+    other, its_optimizer = model_and_optimizer(mode)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved["model"])
+    its_optimizer.load_state_dict(saved["optimizer"])
+    train(other, its_optimizer, 20, 40)
+    assert current(other) == current(model)
+
+
+@pytest.mark.parametrize("mode", ["decay", "dense"])
+def test_a_checkpoint_changes_no_bit_and_resumes(engine, mode, tmp_path):
+    """Full and incremental; rows are saved as they are, so the run that saved goes on the same."""
+    ends = []
+    for saves in (False, True):
+        model, optimizer = model_and_optimizer(mode)
+        for i in range(4):
+            train(model, optimizer, 10 * i, 10 * i + 10)
+            if saves and i < 3:
+                checkpoint.save(
+                    tmp_path, model=model, optimizer=optimizer, step=i, incremental=True
+                )
+        ends.append(current(model))
+    assert ends[0] == ends[1]
+    other, its_optimizer = model_and_optimizer(mode, block_size=7)
+    checkpoint.load(checkpoint.latest(tmp_path), model=other, optimizer=its_optimizer)
+    train(other, its_optimizer, 30, 40)
+    assert current(other) == ends[0]
+
+
+def test_a_checkpoint_without_the_optimizer_is_up_to_date(tmp_path):
+    model, optimizer = model_and_optimizer("dense")
+    train(model, optimizer, 0, 30)
+    whole = checkpoint.save(tmp_path / "whole", model=model, optimizer=optimizer, step=1)
+    expected = current(model)
+    alone, _ = model_and_optimizer("skip")
+    checkpoint.load(whole, model=alone)
+    assert current(alone) == expected
+    later, its_optimizer = model_and_optimizer("dense")
+    train(later, its_optimizer, 0, 12)
+    twin, twins_optimizer = copy.deepcopy((later, its_optimizer))
+    checkpoint.load(whole, model=later)  # its moments stay with their rows, as of now
+    assert current(later) == expected
+    assert current(twin) != expected
+    kept, loaded = exp_avg_by_id(twins_optimizer), exp_avg_by_id(its_optimizer)
+    zeros = bits(torch.zeros(DIM))
+    assert loaded == {key: kept.get(key, zeros) for key in loaded}
+    assert len(kept.keys() & loaded.keys()) > 2 * ROWS
+    train(later, its_optimizer, 12, 14)
+    model_alone = checkpoint.save(tmp_path / "alone", model=model, step=1)
+    again, _ = model_and_optimizer("skip")
+    checkpoint.load(model_alone, model=again)
+    assert current(again) == expected
+
+
+@pytest.mark.parametrize("damage", ["later", "earlier", "log", "shorter"])
+def test_a_forged_checkpoint_is_refused(tmp_path, damage, monkeypatch):
+    model, optimizer = model_and_optimizer("dense")
+    train(model, optimizer, 0, 10)
+    if damage in ("later", "earlier"):
+        slot = model.table.get_slot("sparse_adamw_last_step")
+        slot.fill(11 if damage == "later" else -1)
+    else:
+        export = missed_steps.MissedSteps.export
+
+        def forged(log):
+            saved = export(log)
+            if damage == "log":
+                saved["steps"][0, 4] = 1.0
+            else:
+                saved["steps"] = saved["steps"][1:]
+            return saved
+
+        monkeypatch.setattr(missed_steps.MissedSteps, "export", forged)
+    path = checkpoint.save(tmp_path, model=model, optimizer=optimizer, step=1)
+    other, its_optimizer = model_and_optimizer("dense")
+    before = current(other)
+    with pytest.raises((checkpoint.CheckpointError, ValueError), match=r"step|log"):
+        checkpoint.load(path, model=other, optimizer=its_optimizer)
+    assert current(other) == before
+
+
+def test_loading_weights_sets_them_as_of_now(engine):
+    for kind in KINDS:
+        run = Run(kind)
+        run.train(10)
+        saved = copy.deepcopy(run.table.state_dict())
+        with torch.no_grad():
+            kept = run.weights()
+        run.train(5)
+        if kind == "HashTable":  # one of them is new
+            run.table.delete(torch.tensor([4]))
+            for key in ("exp_avg", "exp_avg_sq"):
+                run.dense_optimizer.state[run.dense][key][4] = 0.0
+        run.table.load_state_dict(saved)
+        assert torch.allclose(run.weights(), kept, rtol=0, atol=1e-15)
+        with torch.no_grad():
+            run.dense.copy_(kept)
+        run.train(10)
+        assert run.error() <= 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_the_optimizer_alone_leaves_weights_as_they_are_now(engine, kind):
+    run = Run(kind)
+    run.train(5)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.train(5)
+    now = run.weights()
+    run.optimizer.load_state_dict(saved)
+    assert torch.allclose(run.weights(), now, rtol=0, atol=1e-15)
+    assert int(run.optimizer.state_dict()["state"]["table"]["step"]) == 5
+
+
+def test_copies_read_what_the_original_reads():
+    model, optimizer = model_and_optimizer("dense")
+    train(model, optimizer, 0, 20)
+    expected = current(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert current(copied) == expected
+    del optimizer
+    assert current(model) == expected  # nor does it take the optimizer
+    both = copy.deepcopy((model, model_and_optimizer("dense")[1]))
+    assert current(both[0]) == expected
+
+
+def test_a_new_owner_gets_rows_that_are_up_to_date():
+    model, optimizer = model_and_optimizer("dense")
+    train(model, optimizer, 0, 20)
+    expected = current(model)
+    tables = {**filter_out_sparse_param(model), "embedding": model.embedding.weight}
+    SparseAdamW(tables)
+    assert current(model) == expected
+    assert bits(model.embedding.weight.detach()) == expected[1]
+    with pytest.raises(RuntimeError, match="belongs to another optimizer"):
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_refusals():
+    weight = torch.nn.Embedding(4, 2, sparse=True)
+    with pytest.raises(TypeError, match=r"^w: with untouched='dense' give the module"):
+        SparseAdamW({"w": weight.weight}, untouched="dense")
+    clipped = torch.nn.Embedding(4, 2, sparse=True, max_norm=1.0)
+    with pytest.raises(ValueError, match="max_norm=None or untouched='skip'"):
+        SparseAdamW({"w": clipped}, untouched="decay")
+    with pytest.raises(ValueError, match="untouched must be one of 'skip', 'decay', 'dense', got"):
+        SparseAdamW({}, untouched="lazy")
+    with pytest.raises(ValueError, match=r"lr \* weight_decay must be below 1, got 1"):
+        SparseAdamW({}, lr=1.0, weight_decay=1.0, untouched="decay")
+    with pytest.raises(ValueError, match="eps must be above 0"):
+        SparseAdamW({}, eps=0.0, untouched="dense")
+    with pytest.raises(ValueError, match=r"beta1\*\*2 must be below beta2"):
+        SparseAdamW({}, beta1=0.9, beta2=0.81, untouched="dense")
+    with pytest.raises(ValueError, match="use bias_correction='table', or untouched='decay'"):
+        SparseAdamW({}, bias_correction="row", untouched="dense")
+    table = HashTable([2])
+    optimizer = SparseAdamW({"t": table}, untouched="dense")
+    with pytest.raises(KeyError, match="no table 'x'; it has 't'"):
+        optimizer.flush(["x"])
+    with pytest.raises(KeyError, match="no table 'x'; it has 't'"):
+        optimizer.caught_up("x", torch.tensor([1]))
+    table(torch.tensor([1])).sum().backward()
+    optimizer.param_groups[0]["untouched"] = "skip"
+    with pytest.raises(ValueError, match=r"'t': untouched was changed from 'dense' to 'skip'"):
+        optimizer.step()
+
+
+def test_a_state_of_another_mode_is_refused():
+    states = {}
+    for mode in ("skip", "dense"):
+        table = make_table("HashTable", torch.ones(4, 2))
+        optimizer = SparseAdamW({"t": table}, untouched=mode)
+        table(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        states[mode] = optimizer.state_dict()
+    with pytest.raises(ValueError, match="untouched='skip', this optimizer with untouched='dense'"):
+        optimizer.load_state_dict(states["skip"])
+    old = copy.deepcopy(states["skip"])  # saved before there were modes
+    del old["param_groups"][0]["untouched"]
+    with pytest.raises(ValueError, match="untouched='skip'"):
+        optimizer.load_state_dict(old)
+    old["param_groups"][0]["untouched"] = "dense"  # what the text says
+    optimizer.load_state_dict(old)
+    assert table.missed.t == 1
+
+
+def test_skip_keeps_nothing_of_the_kind():
+    table = make_table("HashTable", torch.ones(4, 2))
+    module = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = SparseAdamW({"t": table, "m": module})
+    (table(torch.tensor([1])).sum() + module(torch.tensor([1])).sum()).backward()
+    optimizer.step()
+    assert list(table._store.slots) == [
+        "embedding",
+        "sparse_adamw_exp_avg",
+        "sparse_adamw_exp_avg_sq",
+    ]
+    assert not module._forward_pre_hooks
+    assert not module._forward_hooks
+    assert set(optimizer.state[module.weight]) == {"step", "row_fault", "exp_avg", "exp_avg_sq"}
