@@ -17,7 +17,7 @@ import torch
 from oracle import bits
 from torch.utils.data import DataLoader, Dataset
 
-from cupy_sparse_adamw import FilterHook, HashTable, NormalInitializer, SparseAdamW
+from cupy_sparse_adamw import FilterHook, HashTable, NormalInitializer, SparseAdamW, checkpoint
 from cupy_sparse_adamw._locks import Held, give_lock
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -246,6 +246,39 @@ def test_state_dict_beside_training_is_of_one_moment():
             optimizer.step()
             optimizer.zero_grad()
     assert len(steps) > 3
+
+
+@pytest.mark.parametrize("mode", ["skip", "dense"])
+def test_a_checkpoint_beside_training_is_of_one_moment(tmp_path, monkeypatch, mode):
+    """Though it is written in chunks, and though rows may be behind."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1 << 12)
+
+    def make():
+        table = HashTable([16], 64)
+        return table, SparseAdamW({"t": table}, lr=0.1, untouched=mode)
+
+    table, optimizer = make()
+    train_ids, paths = torch.arange(500), []
+    table(train_ids).sum().backward()
+    optimizer.step()
+    rows = table._store.find(train_ids)
+
+    def save() -> None:
+        if len(paths) < 12:
+            paths.append(checkpoint.save(tmp_path, table, optimizer, step=len(paths)))
+
+    with beside(save):
+        for _ in until(SECONDS):
+            table.accept_grad(rows, torch.ones(1, 16).expand(500, 16))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(paths) > 3
+    for path in paths:
+        other, its_optimizer = make()
+        checkpoint.load(path, other, its_optimizer)
+        state = its_optimizer.state_dict()["state"]["t"]
+        assert state["exp_avg"].unique().numel() == state["exp_avg_sq"].unique().numel() == 1
+        assert other.state_dict()["embedding"].unique().numel() == 1
 
 
 def test_an_exception_lets_other_threads_in():

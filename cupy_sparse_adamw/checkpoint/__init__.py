@@ -29,7 +29,7 @@ from . import files
 from .files import CheckpointError, Reader, Writer
 from .index import FORMAT, STEP, checkpoints, parts_of, read_chain, remove_old, usable
 from .plain_state import Reference, pack, unpack
-from .tables import IDS, HashTableRows, TableRows, WeightRows
+from .tables import IDS, HashTableRows, TableRows, WeightRows, held
 
 __all__ = ["CheckpointError", "latest", "load", "save"]
 
@@ -83,57 +83,60 @@ def save(
         raise ValueError(f"step must be below 10**19, got {step}")
     optimizers = _optimizers(optimizer)
     tables = _tables(model, optimizers)
-    for table in tables.values():
-        if table.owner is None:  # nobody saves what its rows have missed
-            table.bring_up_to_date()
-    dense = _Dense()
-    state = {
-        "model": None if model is None else pack(_state_of(model, tables), "model", dense.shared),
-        "tables": pack(
-            {name: _state_of(table, tables) for name, table in _lone(model, tables).items()},
-            "tables",
-            dense.keep,
-        ),
-        "optimizers": pack(
-            {name: _optimizer_state(each) for name, each in optimizers.items()},
-            "optimizer",
-            dense.keep,
-        ),
-        "extra": pack(extra, "extra", dense.keep),
-    }
-    with torch.no_grad(), files.sole_writer(root):
-        if os.path.lexists(target):
-            raise FileExistsError(
-                f"{target} exists; save at another step, or remove it and all later ones if "
-                f"training went back to an earlier checkpoint"
-            )
-        here = str(root.resolve())
-        known = [saved.checkpoint for table in tables.values() if (saved := table.saved_rows())]
-        base = usable(root, [x for x in known if x[0] == here]) if incremental else None
-        with files.appearing(target) as folder:
-            writer = Writer(folder)
-            entries = {
-                name: _write_table(writer, number, table, base)
-                for number, (name, table) in enumerate(tables.items())
-            }
-            if all(entry["whole"] for entry in entries.values()):
-                base = None
-            follow = incremental or any(x[0] == here for x in known)
-            index = {
-                "format": FORMAT,
-                "step": step,
-                "base": None if base is None else {"name": base[1], "sha256": base[2]},
-                "follow": follow,
-                "tables": entries,
-                "tensors": dense.write(writer),
-                "state": state,
-            }
-            checksum = writer.index(index)
-        if follow:
-            for table in tables.values():
-                _follow(table, (here, target.name, checksum))
-        if keep is not None:
-            remove_old(root, keep, target)
+    with held(tables):
+        for table in tables.values():
+            if table.owner is None:  # nobody saves what its rows have missed
+                table.bring_up_to_date()
+        dense = _Dense()
+        state = {
+            "model": None
+            if model is None
+            else pack(_state_of(model, tables), "model", dense.shared),
+            "tables": pack(
+                {name: _state_of(table, tables) for name, table in _lone(model, tables).items()},
+                "tables",
+                dense.keep,
+            ),
+            "optimizers": pack(
+                {name: _optimizer_state(each) for name, each in optimizers.items()},
+                "optimizer",
+                dense.keep,
+            ),
+            "extra": pack(extra, "extra", dense.keep),
+        }
+        with torch.no_grad(), files.sole_writer(root):
+            if os.path.lexists(target):
+                raise FileExistsError(
+                    f"{target} exists; save at another step, or remove it and all later ones if "
+                    f"training went back to an earlier checkpoint"
+                )
+            here = str(root.resolve())
+            known = [saved.checkpoint for table in tables.values() if (saved := table.saved_rows())]
+            base = usable(root, [x for x in known if x[0] == here]) if incremental else None
+            with files.appearing(target) as folder:
+                writer = Writer(folder)
+                entries = {
+                    name: _write_table(writer, number, table, base)
+                    for number, (name, table) in enumerate(tables.items())
+                }
+                if all(entry["whole"] for entry in entries.values()):
+                    base = None
+                follow = incremental or any(x[0] == here for x in known)
+                index = {
+                    "format": FORMAT,
+                    "step": step,
+                    "base": None if base is None else {"name": base[1], "sha256": base[2]},
+                    "follow": follow,
+                    "tables": entries,
+                    "tensors": dense.write(writer),
+                    "state": state,
+                }
+                checksum = writer.index(index)
+            if follow:
+                for table in tables.values():
+                    _follow(table, (here, target.name, checksum))
+            if keep is not None:
+                remove_old(root, keep, target)
     return target
 
 
@@ -182,16 +185,21 @@ def load(
         if optimizers:
             _require_same("optimizer", saved["optimizers"], optimizers)
         tables = _tables(model, optimizers)
-        _require_fits(chain, tables, with_moments=bool(optimizers))
-        for name, table in tables.items():
-            _build_table(chain, name, table, saved, with_moments=bool(optimizers))
-        _install(saved, model, optimizers, tables)
-        if index["follow"]:
-            checkpoint = str(newest.folder.resolve().parent), newest.folder.name, newest.checksum
-            for name, table in _tables(model, optimizers).items():  # with the state of now
-                entry = index["tables"][name]
-                if entry["rows"] == table.num_rows() and entry["slots"] == table.layout():
-                    _follow(table, checkpoint)
+        with held(tables):
+            _require_fits(chain, tables, with_moments=bool(optimizers))
+            for name, table in tables.items():
+                _build_table(chain, name, table, saved, with_moments=bool(optimizers))
+            _install(saved, model, optimizers, tables)
+            if index["follow"]:
+                checkpoint = (
+                    str(newest.folder.resolve().parent),
+                    newest.folder.name,
+                    newest.checksum,
+                )
+                for name, table in _tables(model, optimizers).items():  # with the state of now
+                    entry = index["tables"][name]
+                    if entry["rows"] == table.num_rows() and entry["slots"] == table.layout():
+                        _follow(table, checkpoint)
     return {"step": index["step"], "extra": saved["extra"]}
 
 

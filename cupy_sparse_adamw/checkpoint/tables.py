@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import functional
+from .._locks import Held
 from .._memory import empty
 from .._types import MOMENT_DTYPE, Slot
 from ..embedding_table import EmbeddingTable, table_behind
@@ -229,6 +230,12 @@ class TableRows:
     def install(self) -> None:
         """Put in place what ``exchange`` did not. Cannot be undone."""
         raise NotImplementedError
+
+
+def held(tables: Mapping[str, TableRows]) -> Held:
+    """What keeps other threads from reading or changing these tables, in a with statement."""
+    owners = (rows.table.lock_owner for rows in tables.values())
+    return Held(owner for owner in owners if owner is not None)
 
 
 class HashTableRows(TableRows):
