@@ -100,6 +100,21 @@ GOALS = [
     _at_most(
         "HashTable lookup, 65,536 ids: of index_select", "hash-lookup", "of index_select", 1.5
     ),
+    *(
+        _at_most(
+            f"untouched={mode!r}, rows {behind:,} steps behind: {what}, of 'skip'",
+            f"untouched-{case}",
+            f"{mode}, {behind} steps behind: of skip",
+            limit,
+        )
+        for what, case, limits in (
+            ("a step", "step", {"decay": 1.1, "dense": 1.2}),
+            ("lookup, backward and step", "training", {"decay": 1.2, "dense": 1.45}),
+        )
+        for mode, limit in limits.items()
+        for behind in (10, 1_000)
+    ),
+    _at_most("rules of untouched='dense': upkeep", "untouched-upkeep", "µs a step", 40, "µs"),
     _at_most("first step, warm disk cache", "first-step-warm", "first step s", 2, "s"),
     _at_most("first step, no cache", "first-step-cold", "first step s", 20, "s"),
     Goal(

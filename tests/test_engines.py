@@ -84,6 +84,18 @@ def test_kernels_write_where_torch_reads():
     assert weight[4].tolist() == [1.0, 2.0]
 
 
+def test_the_block_of_a_row():
+    """Beside a division, for every block size, up to where rounding might show."""
+    from cupy_sparse_adamw.engines.cpu._compile import block_of, reciprocal_of
+
+    draw = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 7, 10, 1000, 1024, 4095, 2**20 + 7, 2**31 - 1, 2**31):
+        edges = [k * size + d for k in (0, 1, 2, 2**33 // size - 1) for d in (-1, 0, 1)]
+        rows = [*edges, 2**33 - 1, *torch.randint(2**33, (200,), generator=draw).tolist()]
+        for row in (row for row in rows if row >= 0):
+            assert block_of(row, reciprocal_of(size)) == row // size
+
+
 def test_an_unknown_engine():
     with (
         pytest.raises(ValueError, match=r"must be one of reference, cpu, cuda.* got 'gpu'"),

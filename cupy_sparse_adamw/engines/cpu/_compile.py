@@ -8,6 +8,7 @@ bits and ``int16`` for bf16 bits (Numba's CPU target has no 16-bit float arithme
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -334,8 +335,28 @@ def _cast(value, tag):  # type: ignore[no-untyped-def]
     return lambda value, tag: np.float32(value)
 
 
+@functools.lru_cache(maxsize=1024)
+def reciprocal_of(size: int) -> int:
+    """For ``block_of``: the 64 bits of 2^64 / size, rounded up; 0 for 1."""
+    bits = ((1 << 64) - 1) // size + 1
+    return bits if bits < 1 << 63 else bits - (1 << 64)
+
+
 @inline
-def row_address(blocks: Any, block_size: int, row: int, row_bytes: int) -> int:
+def block_of(row, reciprocal):  # type: ignore[no-untyped-def]
+    """The block of a row, given the reciprocal of the blocks' size.
+
+    What rounding adds is below row * size / 2^64, and as long as that is below 1 it does not show
+    (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994): a table
+    of blocks of 2^31 rows may have 2^33. A division takes four times as long.
+    """
+    if reciprocal == 0:
+        return row
+    return np.int64(multiply_high(np.uint64(row), np.uint64(reciprocal)))
+
+
+@inline
+def row_address(blocks: Any, block_size: int, reciprocal: int, row: int, row_bytes: int) -> int:
     """Where row ``row`` begins, given the address of each block."""
-    block = row // block_size
+    block = block_of(row, reciprocal)
     return blocks[block] + (row - block * block_size) * row_bytes  # type: ignore[no-any-return]

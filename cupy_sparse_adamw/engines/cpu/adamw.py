@@ -30,12 +30,14 @@ from ._compile import (
     INT64,
     TAGS,
     at,
+    block_of,
     cast,
     compiled_overload,
     inline,
     jit,
     load,
     prefetch,
+    reciprocal_of,
     store,
     view,
 )
@@ -94,7 +96,7 @@ class _Grads(NamedTuple):
 class _Tables(NamedTuple):
     """Where the tables of a group are, and the scalars of their update, as addresses."""
 
-    rows: int  # [T, 4] int64: block size, then each slot's address of its block addresses
+    rows: int  # [T, 5] int64: block size, its reciprocal, each slot's address of block addresses
     scalars: int  # [T, SCALARS] float64, see _scalars
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
@@ -132,6 +134,7 @@ class _Rows(NamedTuple):
     row_steps: int  # block addresses, or 0
     first_key: int
     block_size: int
+    reciprocal: int  # of the block size
     params: int
     exp_avgs: int
     exp_avg_sqs: int
@@ -245,15 +248,16 @@ def _lagging_at_in(untouched, per_row, tables, number):  # type: ignore[no-untyp
 @inline
 def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
     """``_Rows`` of a table."""
-    params = at(tables.rows, 4 * number + 1, INT64)
-    exp_avgs = at(tables.rows, 4 * number + 2, INT64)
-    exp_avg_sqs = at(tables.rows, 4 * number + 3, INT64)
+    params = at(tables.rows, 5 * number + 2, INT64)
+    exp_avgs = at(tables.rows, 5 * number + 3, INT64)
+    exp_avg_sqs = at(tables.rows, 5 * number + 4, INT64)
     log, row_steps = _lagging_at(tables.untouched, tables.per_row, tables, number)
     return _Rows(
         log,
         row_steps,
         at(grads.first_keys, number, INT64),
-        at(tables.rows, 4 * number, INT64),
+        at(tables.rows, 5 * number, INT64),
+        at(tables.rows, 5 * number + 1, INT64),
         params,
         exp_avgs,
         exp_avg_sqs,
@@ -283,7 +287,7 @@ def _row_at(grads, tables, i, rows):  # type: ignore[no-untyped-def]
     row = _key(grads, i) - rows.first_key
     param, exp_avg, exp_avg_sq = rows.first_params, rows.first_exp_avgs, rows.first_exp_avg_sqs
     if row >= rows.block_size:  # never so in an Embedding
-        block = np.int64(np.uint64(row) // np.uint64(rows.block_size))
+        block = block_of(row, rows.reciprocal)
         row -= block * rows.block_size
         param = at(rows.params, block, INT64)
         exp_avg = at(rows.exp_avgs, block, INT64)
@@ -314,7 +318,8 @@ def _prefetch_steps(per_row: Any, grads: _Grads, i: int, rows: _Rows, end: int) 
 @compiled_overload(_prefetch_steps)
 def _prefetch_steps_in(per_row, grads, i, rows, end):  # type: ignore[no-untyped-def]
     def count(per_row, grads, i, rows, end):  # type: ignore[no-untyped-def]
-        prefetch(cell_address(rows.row_steps, rows.block_size, _key(grads, i) - rows.first_key))
+        row = _key(grads, i) - rows.first_key
+        prefetch(cell_address(rows.row_steps, rows.block_size, rows.reciprocal, row))
 
     if rows.types[0] == types.none:
         return count if per_row != types.none else lambda per_row, grads, i, rows, end: None
@@ -326,7 +331,7 @@ def _prefetch_steps_in(per_row, grads, i, rows, end):  # type: ignore[no-untyped
             prefetch_missed(log, last_step)
         if i + grads.ahead < end:
             row = _key(grads, i + grads.ahead) - rows.first_key
-            prefetch(cell_address(log.last_steps, log.block_size, row))
+            prefetch(cell_address(log.last_steps, log.block_size, log.reciprocal, row))
 
     return lagging
 
@@ -433,7 +438,8 @@ def _corrections_in(per_row, scalars, rows, row):  # type: ignore[no-untyped-def
         return lambda per_row, scalars, rows, row: (scalars[2], scalars[3], scalars[4])
 
     def own(per_row, scalars, rows, row):  # type: ignore[no-untyped-def]
-        count = view(cell_address(rows.row_steps, rows.block_size, row), 1, INT32)
+        cell = cell_address(rows.row_steps, rows.block_size, rows.reciprocal, row)
+        count = view(cell, 1, INT32)
         count[0] += 1
         step_size = scalars[8] / -math.expm1(count[0] * scalars[9])
         inv_sqrt_correction2 = 1.0 / math.sqrt(-math.expm1(count[0] * scalars[10]))
@@ -683,6 +689,7 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
         param = pending.param
         rows += (
             param.block_size(),
+            reciprocal_of(param.block_size()),
             param.addresses_at(),
             update.exp_avg.addresses_at(),
             update.exp_avg_sq.addresses_at(),

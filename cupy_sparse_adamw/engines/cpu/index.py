@@ -23,6 +23,7 @@ from ._compile import (
     jit,
     multiply_high,
     prefetch,
+    reciprocal_of,
     row_address,
     view,
 )
@@ -137,14 +138,14 @@ def _insert_absent(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-un
 
 
 @jit
-def _gather(part, begin, end, blocks, block_size, row_bytes, rows, target):  # type: ignore[no-untyped-def]
+def _gather(part, begin, end, blocks, block_size, reciprocal, row_bytes, rows, target):  # type: ignore[no-untyped-def]
     for i in range(begin, end):
         if i + AHEAD < end and rows[i + AHEAD] >= 0:
-            ahead = row_address(blocks, block_size, rows[i + AHEAD], row_bytes)
+            ahead = row_address(blocks, block_size, reciprocal, rows[i + AHEAD], row_bytes)
             for offset in range(0, row_bytes, 64):
                 prefetch(ahead + offset)
         if rows[i] >= 0:
-            source = row_address(blocks, block_size, rows[i], row_bytes)
+            source = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
             copy_bytes(target + i * row_bytes, source, row_bytes)
         else:
             view(target + i * row_bytes, row_bytes, BYTE)[:] = 0
@@ -152,10 +153,10 @@ def _gather(part, begin, end, blocks, block_size, row_bytes, rows, target):  # t
 
 
 @jit
-def _scatter(blocks, block_size, row_bytes, rows, source):  # type: ignore[no-untyped-def]
+def _scatter(blocks, block_size, reciprocal, row_bytes, rows, source):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
         if rows[i] >= 0:
-            target = row_address(blocks, block_size, rows[i], row_bytes)
+            target = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
             copy_bytes(target, source + i * row_bytes, row_bytes)
 
 
@@ -280,6 +281,7 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
         num_parts(rows.numel(), GRAIN * 64 // row_bytes),
         slot.addresses(),
         slot.block_size(),
+        reciprocal_of(slot.block_size()),
         row_bytes,
         array_of(rows),
         values.data_ptr(),
@@ -299,6 +301,7 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
     _scatter(
         slot.addresses(),
         slot.block_size(),
+        reciprocal_of(slot.block_size()),
         slot.dim * slot.dtype.itemsize,
         array_of(rows),
         values.data_ptr(),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..._types import Distribution, Slot
-from ._compile import TAGS, jit, row_address, store, view
+from ._compile import TAGS, jit, reciprocal_of, row_address, store, view
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
 
@@ -170,13 +170,14 @@ def _draw_(x, words, seed, plan, p, z, tails):  # type: ignore[no-untyped-def]
 
 @jit
 def _fill_rows(  # type: ignore[no-untyped-def]
-    part, begin, end, blocks, block_size, dim, rows, ids, seed, plan, item_bytes, tag
+    part, begin, end, blocks, block_size, reciprocal, dim, rows, ids, seed, plan, item_bytes, tag
 ):
     """Fill rows[begin:end] of the slot."""
     words = np.zeros(4 * TILE, dtype=np.uint32)
     x, p, z = np.empty(4 * TILE), np.empty(4 * TILE), np.empty(4 * TILE)
     tails = np.empty(4 * TILE + 1, dtype=np.int64)
     groups = (dim + 3) // 4  # counters per row
+    row_bytes = dim * item_bytes
     i, group = begin, 0
     while i < end:
         first, first_group, count = i, group, 0
@@ -192,7 +193,7 @@ def _fill_rows(  # type: ignore[no-untyped-def]
 
         _draw_(x, words, seed, plan, p, z, tails)
         i, group = first, first_group
-        address = row_address(blocks, block_size, rows[i], dim * item_bytes)
+        address = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
         for k in range(count):
             row = view(address, dim, tag)
             j = 4 * group
@@ -207,7 +208,7 @@ def _fill_rows(  # type: ignore[no-untyped-def]
             if group == groups:
                 i, group = i + 1, 0
                 if i < end:
-                    address = row_address(blocks, block_size, rows[i], dim * item_bytes)
+                    address = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
     return 0
 
 
@@ -229,6 +230,7 @@ def init_rows_(
         num_parts(rows.numel(), GRAIN_ELEMENTS // slot.dim),
         slot.addresses(),
         slot.block_size(),
+        reciprocal_of(slot.block_size()),
         slot.dim,
         array_of(rows),
         array_of(ids),

@@ -25,6 +25,7 @@ from ._compile import (
     INT64,
     TAGS,
     at,
+    block_of,
     cast,
     compiled_overload,
     copy_bytes,
@@ -33,6 +34,7 @@ from ._compile import (
     load,
     multiply_add,
     prefetch,
+    reciprocal_of,
     store,
     view,
 )
@@ -76,6 +78,7 @@ class Log(NamedTuple):
     tails: int  # see _fill_tails
     last_steps: int  # of block addresses
     block_size: int
+    reciprocal: int  # of the block size
 
 
 #: Numbers of a ``Log``, without its tag.
@@ -143,28 +146,30 @@ def log_at(kind, logs, number):  # type: ignore[no-untyped-def]
         at(numbers, 6, INT64),
         at(numbers, 7, INT64),
         at(numbers, 8, INT64),
+        at(numbers, 9, INT64),
     )
 
 
 @inline
-def cell_address(blocks, block_size, row):  # type: ignore[no-untyped-def]
+def cell_address(blocks, block_size, reciprocal, row):  # type: ignore[no-untyped-def]
     """Where the int32 of a row is in a slot of width 1, given the address of block addresses."""
     block = np.int64(0)
     if row >= block_size:  # never so in an Embedding
-        block = np.int64(np.uint64(row) // np.uint64(block_size))
+        block = block_of(row, reciprocal)
     return at(blocks, block, INT64) + 4 * (row - block * block_size)
 
 
 @inline
 def last_step_of(log, row):  # type: ignore[no-untyped-def]
     """The step of a row's last update."""
-    return np.int64(at(cell_address(log.last_steps, log.block_size, row), 0, INT32))
+    return np.int64(at(cell_address(log.last_steps, log.block_size, log.reciprocal, row), 0, INT32))
 
 
 @inline
 def set_last_step(log, row, step):  # type: ignore[no-untyped-def]
     """Note the step of a row's last update."""
-    view(cell_address(log.last_steps, log.block_size, row), 1, INT32)[0] = step
+    cell = cell_address(log.last_steps, log.block_size, log.reciprocal, row)
+    view(cell, 1, INT32)[0] = step
 
 
 @inline
@@ -434,6 +439,7 @@ def log_numbers(missed: Missed, tails: np.ndarray[Any, Any], last_step: Any) -> 
         tails.ctypes.data,
         last_step.addresses_at(),
         last_step.block_size(),
+        reciprocal_of(last_step.block_size()),
     )
 
 
@@ -453,27 +459,27 @@ class _Table(NamedTuple):
 
 
 @inline
-def _place(blocks, block_size, row, row_bytes):  # type: ignore[no-untyped-def]
+def _place(blocks, log, row, row_bytes):  # type: ignore[no-untyped-def]
     block = np.int64(0)
-    if row >= block_size:
-        block = np.int64(np.uint64(row) // np.uint64(block_size))
-    return at(blocks, block, INT64) + row_bytes * (row - block * block_size)
+    if row >= log.block_size:
+        block = block_of(row, log.reciprocal)
+    return at(blocks, block, INT64) + row_bytes * (row - block * log.block_size)
 
 
 @inline
 def _param_at(table, row):  # type: ignore[no-untyped-def]
     row_bytes = table.dim * table.param_itemsize
-    return _place(table.params, table.log.block_size, row, row_bytes)
+    return _place(table.params, table.log, row, row_bytes)
 
 
 @inline
 def _row_at(table, row):  # type: ignore[no-untyped-def]
     """Addresses of a row's weights, exp_avg and exp_avg_sq."""
-    row_bytes, block_size = table.dim * table.moment_itemsize, table.log.block_size
+    row_bytes = table.dim * table.moment_itemsize
     return (
         _param_at(table, row),
-        _place(table.exp_avgs, block_size, row, row_bytes),
-        _place(table.exp_avg_sqs, block_size, row, row_bytes),
+        _place(table.exp_avgs, table.log, row, row_bytes),
+        _place(table.exp_avg_sqs, table.log, row, row_bytes),
     )
 
 
@@ -516,7 +522,8 @@ def _prefetch_row(table, row):  # type: ignore[no-untyped-def]
 
 @inline
 def _prefetch_last_step(table, row):  # type: ignore[no-untyped-def]
-    prefetch(cell_address(table.log.last_steps, table.log.block_size, row))
+    log = table.log
+    prefetch(cell_address(log.last_steps, log.block_size, log.reciprocal, row))
 
 
 @inline
