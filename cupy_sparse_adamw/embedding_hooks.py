@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from . import functional
 from ._types import MISSING, Lagging
@@ -44,10 +46,23 @@ class EmbeddingHooks:
     def __init__(self, module: torch.nn.Module, table: EmbeddingTable) -> None:
         self.table = table
         module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        module.register_forward_hook(self._after_forward, with_kwargs=True)
+        module.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True)
         module.register_state_dict_pre_hook(self._before_state_dict)
         module._register_load_state_dict_pre_hook(self._before_load)
         setattr(module, _ATTRIBUTE, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingHooks:
+        copied = EmbeddingHooks.__new__(EmbeddingHooks)
+        memo[id(self)] = copied
+        copied.__setstate__({"table": copy.deepcopy(self.table, memo)})
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied module is up to date and on its own: a copied optimizer hooks it again."""
+        self.table = None
+        table = state["table"]
+        if table is not None and vars(table):  # else the optimizer is copied, and begins with it
+            bring_up_to_date(table)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -59,7 +74,9 @@ class EmbeddingHooks:
             if (lagging := table.lagging()) is not None:
                 rows = _rows(args[0] if args else kwargs["input"], len(table))
                 table.note_change(rows)
-                functional.catch_up_(lagging, rows)
+                # What an earlier forward has saved for its backward is no value of these rows.
+                with _unsafe_preserve_version_counter(table.weight):
+                    functional.catch_up_(lagging, rows)
 
     @torch.compiler.disable
     def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -92,18 +109,22 @@ def _read(
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     ids = given["input"]
     factors = given.get("per_sample_weights")
+    rows = _rows(ids, module.num_embeddings)
     if factors is not None and factors.requires_grad and torch.is_grad_enabled():
+        last = functional.gather(lagging.last_step, rows[rows != MISSING])
+        if not bool((last != lagging.missed.t).any()):
+            return output
         raise RuntimeError(
             f"{module}: in eval mode there are no gradients of per_sample_weights, since rows may "
             f"be behind; use module.train(), or torch.no_grad() to evaluate"
         )
     with torch.no_grad():
-        values = functional.gather_current(lagging, _rows(ids, module.num_embeddings))
+        values = functional.gather_current(lagging, rows)
         places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         if isinstance(module, torch.nn.EmbeddingBag):
             current = _bags(module, ids, places, values, given.get("offsets"), factors)
         else:
-            current = values.view(*ids.shape, -1)
+            current = values.view(*ids.shape, values.shape[1])
     return _ReadInstead.apply(output, current) if output.requires_grad else current  # type: ignore[no-untyped-call]
 
 

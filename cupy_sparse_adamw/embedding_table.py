@@ -256,9 +256,19 @@ class EmbeddingTable(Table):
         if log is None or state is None or log.t == log.first:
             return None
         param = self._over_weight(self.name).slot
+        self._convert(state)
         moments = self._moments_in(self.name, param, state)
         missed, kind = log.on(self.device), log.kind(self.weight.dtype)
         return Lagging(param, *moments, self.last_step(state), missed, kind)
+
+    def _convert(self, state: dict[str, Any]) -> None:
+        """Have the moments follow a weight that was moved or converted, as a HashTable's do."""
+        device, dtype = self.device, MOMENT_DTYPE[self.dtype]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state[key].dtype is not dtype or state[key].device != device:
+                state[key] = state[key].to(device, dtype)
+        if state["last_step"].device != device:
+            state["last_step"] = state["last_step"].to(device)
 
     def num_rows_at_most(self) -> int:
         """R."""
@@ -281,13 +291,19 @@ class EmbeddingTable(Table):
     def caught_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight as they are now; see ``SparseOptimizer.caught_up``."""
         rows = _checks.require_ids(ids).to(self.device)
+        flat = rows.reshape(-1).long()
+        if self.device.type == "cpu":
+            outside = flat[(flat < 0) | (flat >= len(self))]
+            if outside.numel():
+                raise IndexError(
+                    f"table {self.name!r}: it has {len(self)} rows, there is no row "
+                    f"{int(outside[0])}"
+                )
         lagging = self.lagging()
-        if lagging is None or rows.numel() == 0:
+        if lagging is None:
             return self.weight.detach()[rows]
-        if self.device.type == "cpu" and not 0 <= rows.min() <= rows.max() < len(self):
-            raise _checks.row_error(self.name, int(rows.max()), len(self))
-        values = functional.gather_current(lagging, rows.reshape(-1).long())
-        return values.view(*rows.shape, -1)
+        values = functional.gather_current(lagging, flat)
+        return values.view(*rows.shape, self.weight.shape[1])
 
     def leave(self) -> None:
         """Another table stands for the weight from now on."""

@@ -533,6 +533,8 @@ class HashTable(torch.nn.Module, RowTable):
                 bad = low if low < MISSING else high
                 raise _checks.row_error(self._label, bad, self._store.num_numbered)
         self.note_change(index)
+        if slot is self._store.embedding and (lagging := self.lagging()) is not None:
+            functional.catch_up_(lagging, index.long())  # else old motion would be added later
         functional.scatter_(slot, index.long(), value)
 
     @staticmethod

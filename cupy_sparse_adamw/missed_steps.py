@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ REPLAY_ENDS = 1e-18
 #: Up to here a rule is not exact enough, and steps are replayed.
 RULES_NEED_BETA2_ABOVE = 0.98
 #: Nor where what ε is beside √v changes by more than this factor from one step to the next, which
-#: settings that stay never do.
+#: settings that stay never do,
 RULES_NEED_JUMPS_BELOW = 2.0
+#: or where ε itself strays from what it was at first by more than this factor.
+RULES_NEED_EPS_WITHIN = 1.5
 
 _MIN_ENTRIES = 4 * RULE_CHUNK
 _STATE_ROWS = 4 + 2 * RULE_NODES
@@ -82,10 +85,7 @@ class MissedSteps:
             self._state = torch.zeros(_STATE_ROWS, 2 * RULE_CHUNK, dtype=torch.float64)
         self._factors[:, 1] = 1.0
         self._open = 0  # first entry whose rule still changes, at the beginning of a chunk
-        self._max_ratio = 0.0  # of beta1 / sqrt(beta2)
-        self._last_eps = 0.0  # beside √v, in the last step
-        #: whether steps must be replayed one by one, since rules would not be exact enough
-        self.is_exact_only = False
+        self._judge_anew()
         self._mirrors: dict[torch.device, tuple[Missed, int]] = {}  # and what was open then
         self._begin_entry(0)
 
@@ -148,15 +148,10 @@ class MissedSteps:
 
     def advance(self, step: tuple[float, ...]) -> None:
         """Count a step, which did what ``step_scalars`` says. ``reserve`` has been called."""
-        decay, _, inv_sqrt_correction2, eps, beta1, beta2 = step
+        decay, _, _, _, _, beta2 = step
         entry = self.t - self.first  # of s = t: the first to miss this step
         self._steps.numpy()[entry] = step
-        self._max_ratio = max(self._max_ratio, beta1 / math.sqrt(beta2) if beta2 else 0.0)
-        jump, self._last_eps = self._last_eps, eps / inv_sqrt_correction2
-        jump = self._last_eps / jump if jump else 1.0
-        if not 1.0 / RULES_NEED_JUMPS_BELOW <= jump <= RULES_NEED_JUMPS_BELOW:
-            self.is_exact_only = True
-        self.is_exact_only |= beta2 <= RULES_NEED_BETA2_ABOVE
+        self._judge(step)
         if self.dense:
             rules = self._rules[self._open :]
             functional.extend_rules_(
@@ -173,6 +168,28 @@ class MissedSteps:
         self.t += 1
         self._close_chunks()
         self._begin_entry(entry + 1)
+
+    def _judge_anew(self) -> None:
+        self._max_ratio = 0.0  # of beta1 / sqrt(beta2)
+        self._first_eps: tuple[float, float] | None = None  # beside √v̂, beside √v
+        self._last_eps = 0.0  # beside √v, in the last step
+        #: whether steps must be replayed one by one, since rules would not be exact enough
+        self.is_exact_only = False
+
+    def _judge(self, step: Sequence[float]) -> None:
+        """Whether rules are exact enough with this step among the others."""
+        _, _, inv_sqrt_correction2, eps, beta1, beta2 = step
+        self._max_ratio = max(self._max_ratio, beta1 / math.sqrt(beta2) if beta2 else 0.0)
+        beside_v = eps / inv_sqrt_correction2
+        if self._first_eps is None:
+            self._first_eps, self._last_eps = (eps, beside_v), beside_v
+        stays = any(  # one of them does, by eps_mode
+            _is_within(now, first, RULES_NEED_EPS_WITHIN)
+            for now, first in zip((eps, beside_v), self._first_eps, strict=True)
+        )
+        jumps = not _is_within(beside_v, self._last_eps, RULES_NEED_JUMPS_BELOW)
+        self._last_eps = beside_v
+        self.is_exact_only |= jumps or not stays or beta2 <= RULES_NEED_BETA2_ABOVE
 
     def _begin_entry(self, entry: int) -> None:
         """Begin the rule of rows that were updated just now: they have missed nothing."""
@@ -218,6 +235,9 @@ class MissedSteps:
         self._factors[self._factors.shape[0] - chunks :] = self._factors.new_tensor([0.0, 1.0])
         self.first += begin
         self._open -= begin
+        self._judge_anew()  # as one that is loaded will
+        for step in self._steps[: self.t - self.first].tolist():
+            self._judge(step)
 
     # ------------------------------------------------------------------ saving
 
@@ -230,9 +250,13 @@ class MissedSteps:
     def replayed(cls, saved: Any) -> MissedSteps:
         """The log that ``export`` was called on: all else follows from the steps.
 
+        Of a log, that one itself.
+
         Raises:
             ValueError: no log is saved so.
         """
+        if isinstance(saved, MissedSteps):
+            return saved
         dense, first, steps = (
             (saved.get(key) for key in ("dense", "first", "steps"))
             if isinstance(saved, dict)
@@ -264,6 +288,10 @@ def _can_be_steps(steps: torch.Tensor, dense: bool) -> torch.Tensor:
     if dense:
         can_be &= (eps > 0) & (beta1 * beta1 < beta2)
     return can_be
+
+
+def _is_within(x: float, y: float, factor: float) -> bool:
+    return y <= factor * x and x <= factor * y
 
 
 def _steps_until(end: float, ratio: float) -> int:

@@ -15,6 +15,8 @@ from .missed_steps import MissedSteps
 from .optimizer_state import build_state, export_state, require_no_amsgrad
 from .tables import Table, as_table, bring_up_to_date, claim, num_claims, require_owned
 from .untouched import (
+    hook_again,
+    leave_former,
     make_room,
     prepare_to_count,
     require_keeps,
@@ -77,8 +79,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         require_hyperparams(group)
         tables = self._require_new_tables(param_group["params"], group)
         group["params"] = [table.key for table in tables.values()]
-        self.param_groups.append(group)
         self._adopt(tables, group)
+        self.param_groups.append(group)
 
     def add_params(self, params: Mapping[str, Any]) -> None:
         """Add tables to the first param group.
@@ -96,8 +98,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             self.add_param_group({"params": params})
             return
         tables = self._require_new_tables(params, self.param_groups[0])
-        self.param_groups[0]["params"] += [table.key for table in tables.values()]
         self._adopt(tables, self.param_groups[0])
+        self.param_groups[0]["params"] += [table.key for table in tables.values()]
 
     def _require_new_tables(
         self, params: Mapping[str, Any], group: dict[str, Any]
@@ -128,7 +130,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _adopt(self, tables: dict[str, Table], group: dict[str, Any]) -> None:
         for table in tables.values():
-            take_over(table, group.get("untouched", "skip"))
+            leave_former(table)
+        for table in tables.values():
+            take_over(table, group)
             claim(table, self)
         self._tables.update(tables)
 
@@ -231,14 +235,14 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _update(self, last: bool) -> None:
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
         make_room(self._tables.values())
-        tables, grads, hypers = [], [], []
+        tables, grads, hypers, groups = [], [], [], []
         for group, name, table in self._named_tables():
             pending = table.pending(name)
             if pending is not None:
                 tables.append(table)
                 grads.append(pending)
                 hypers.append(settings[id(group)])
-                pending.kind = self._kind(name, table, group)
+                groups.append(group)
         if any(
             functional.is_capturing(device)
             for device in {pending.param.device for pending in grads}
@@ -248,9 +252,13 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._accumulated += 1
             return
         states = []
-        for table, pending in zip(tables, grads, strict=True):
+        for table, pending, group in zip(tables, grads, groups, strict=True):
             state = self.state[table.key]
             step = state.get("step")
+            if step is None and table.missed is not None:  # the state was cleared by hand
+                bring_up_to_date(table)
+                table.missed = None
+            pending.kind = self._kind(pending.name, table, group)
             if (
                 step is None
                 or step.device != pending.param.device
@@ -292,9 +300,15 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Which update a table gets.
 
         Raises:
-            ValueError: "untouched" of its group was changed.
+            ValueError: "untouched" or "bias_correction" of its group was changed.
         """
         untouched = group.get("untouched", "skip")
+        per_row = group.get("bias_correction", "table") == "row"
+        if per_row != table.counts_rows:
+            raise ValueError(
+                f"table {name!r}: bias_correction was changed in param_groups; it is chosen when "
+                f"the table is given to the optimizer"
+            )
         if untouched != table.untouched:
             raise ValueError(
                 f"table {name!r}: untouched was changed from {table.untouched!r} to "
@@ -305,7 +319,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             untouched = table.missed.kind(table.dtype)
         elif untouched == "dense" and table.dtype is torch.float64:
             untouched = "replay"
-        return Kind(untouched, group.get("bias_correction", "table") == "row")
+        return Kind(untouched, per_row)
 
     @staticmethod
     def _update_of(
@@ -531,6 +545,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for name, saved in grads.items():
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():
+            hook_again(table)
             claim(table, self)  # the copies' owner is the copy
 
 

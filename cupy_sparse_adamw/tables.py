@@ -74,6 +74,8 @@ class Table:
     saved_rows: Any = None
     #: What becomes of rows that no batch touches: "skip", "decay" or "dense".
     untouched = "skip"
+    #: Whether bias is corrected by each row's own number of updates.
+    counts_rows = False
     #: What rows that are behind have missed; None before the first update, and in mode "skip".
     missed: MissedSteps | None = None
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ._types import Hyperparams
 from .embedding_hooks import hook
 from .embedding_table import EmbeddingTable, table_behind
@@ -36,6 +38,13 @@ def require_keeps(name: str, table: Table, group: Mapping[str, Any]) -> None:
                 f"EmbeddingBag) instead of its weight: rows must be brought up to date before it "
                 f"reads them"
             )
+        own = (torch.nn.Embedding.forward, torch.nn.EmbeddingBag.forward)
+        if type(table.module).forward not in own:
+            raise TypeError(
+                f"{name}: with untouched={untouched!r} a module must look up as torch's own do, "
+                f"but {type(table.module).__name__} has a forward of its own; give the optimizer "
+                f"an Embedding that it holds, or use untouched='skip'"
+            )
         if table.module.max_norm is not None:
             raise ValueError(
                 f"{name}: max_norm rescales rows whenever they are read, which untouched="
@@ -43,19 +52,29 @@ def require_keeps(name: str, table: Table, group: Mapping[str, Any]) -> None:
             )
 
 
-def take_over(table: Table, untouched: str) -> None:
-    """Prepare a table for a new owner: what its rows missed under the former one comes first."""
+def leave_former(table: Table) -> None:
+    """Give rows what they missed under a former owner, before another one takes the table."""
+    former = table_behind(table.weight) if isinstance(table, EmbeddingTable) else table
+    if former is not None:
+        bring_up_to_date(former)
+
+
+def take_over(table: Table, group: Mapping[str, Any]) -> None:
+    """Prepare a table for a new owner, after ``leave_former``."""
+    table.untouched = group.get("untouched", "skip")
+    table.counts_rows = group.get("bias_correction", "table") == "row"
     if isinstance(table, EmbeddingTable):
-        former = table_behind(table.weight)
-        if former is not None:
-            bring_up_to_date(former)
+        if (former := table_behind(table.weight)) is not None:
             former.leave()
         if table.module is not None:
-            hook(table.module, table if untouched != "skip" else None)
-    else:
-        bring_up_to_date(table)
+            hook(table.module, table if table.untouched != "skip" else None)
     table.drop_moments()
-    table.untouched = untouched
+
+
+def hook_again(table: Table) -> None:
+    """After an optimizer was copied: have the table's module, which was copied too, read it."""
+    if isinstance(table, EmbeddingTable) and table.module is not None:
+        hook(table.module, table if table.untouched != "skip" else None)
 
 
 def restart(tables: Iterable[Table]) -> None:

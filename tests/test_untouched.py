@@ -831,3 +831,173 @@ def test_skip_keeps_nothing_of_the_kind():
     assert not module._forward_pre_hooks
     assert not module._forward_hooks
     assert set(optimizer.state[module.weight]) == {"step", "row_fault", "exp_avg", "exp_avg_sq"}
+
+
+# ---------------------------------------------------------------------- found by review
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("between", ["flush", "state_dict", "forgetting"])
+def test_increments_after_the_log_forgot(kind, between, tmp_path, monkeypatch):
+    """Rows of an older file that a later one replaces may be from before the log."""
+    if between == "forgetting":
+        monkeypatch.setattr(missed_steps, "MAX_ENTRIES", 1024)
+
+    def make():
+        run = Run(kind, torch.float32)
+        return run, torch.nn.ModuleDict({"table": run.table})
+
+    run, model = make()
+    run.train(10)
+    checkpoint.save(tmp_path, model=model, optimizer=run.optimizer, step=0, incremental=True)
+    if between == "forgetting":
+        run.train(1100, count=1)
+        assert run.optimizer._tables["table"].missed.first > 10
+    else:
+        run.optimizer.flush() if between == "flush" else run.optimizer.state_dict()
+        run.train(3)
+    path = checkpoint.save(tmp_path, model=model, optimizer=run.optimizer, step=1, incremental=True)
+    other, its_model = make()
+    checkpoint.load(path, model=its_model, optimizer=other.optimizer)
+    assert bits(other.weights()) == bits(run.weights())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_was_cleared_by_hand(engine, kind):
+    """Adam begins anew; what rows had missed by then stays what it was."""
+    run = Run(kind)
+    run.train(30)
+    now = run.weights()
+    run.optimizer.state.clear()
+    ids = torch.tensor([0])
+    look_up(run.table, ids).sum().backward()
+    run.optimizer.step()
+    decayed = now * (1 - 1e-2 * 0.1)
+    if kind != "HashTable":  # whose moments are with its rows
+        assert torch.allclose(run.weights()[1:], decayed[1:], rtol=0, atol=1e-13)
+    assert run.optimizer._tables["table"].missed.t == 1
+    run.optimizer.zero_grad()
+    run.train(5)
+    assert bool(run.weights().isfinite().all())
+
+
+def test_modules_that_look_up_otherwise():
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 10
+
+    with pytest.raises(TypeError, match="Scaled has a forward of its own; give the optimizer an"):
+        SparseAdamW({"e": Scaled(4, 2, sparse=True)}, untouched="dense")
+    SparseAdamW({"e": Scaled(4, 2, sparse=True)})
+    run = Run("Embedding")
+    run.table.register_forward_hook(lambda module, args, output: output * 10)
+    other = Run("Embedding")
+    other.table.register_forward_hook(lambda module, args, output: output * 10)
+    for each in (run, other):
+        for i in range(6):
+            (look_up(each.table, torch.tensor([i])) / 10).sum().backward()
+            each.optimizer.step()
+            each.optimizer.zero_grad()
+        each.table.eval()
+    assert bits(run.table(torch.arange(4))) == bits(10 * run.weights()[:4])
+
+
+def test_a_copy_of_a_module_is_on_its_own():
+    run = Run("Embedding")
+    run.train(10)
+    now = run.weights()
+    target = copy.deepcopy(run.table)
+    assert bits(target.weight.detach()) == bits(now)
+    with torch.no_grad():
+        target.weight.fill_(3.0)
+    assert bool((target.eval()(torch.arange(ROWS)) == 3.0).all())
+    averaged = torch.optim.swa_utils.AveragedModel(run.table, avg_fn=lambda a, b, n: b)
+    run.train(5)
+    run.optimizer.flush()
+    averaged.update_parameters(run.table)
+    averaged.eval()
+    assert bits(averaged(torch.arange(ROWS))) == bits(run.weights())
+    for order in (lambda r: (r.table, r.optimizer), lambda r: (r.optimizer, r.table)):
+        both = copy.deepcopy(order(run))
+        table, optimizer = both if isinstance(both[0], torch.nn.Module) else both[::-1]
+        table(torch.tensor([1, 1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert bits(table.eval()(torch.arange(ROWS))) == bits(
+            optimizer.caught_up("table", torch.arange(ROWS))
+        )
+        assert bits(table.weight.detach()) != bits(table(torch.arange(ROWS)))
+
+
+def test_slots_written_by_hand_are_as_of_now():
+    run = Run("HashTable")
+    run.train(10)
+    _, rows = run.table.ids_map()
+    run.table.update_slot("embedding", rows, torch.zeros(1, dtype=torch.float64))
+    assert not run.weights().any()
+
+
+@pytest.mark.parametrize("drift", [1.05, 1.4, 1 / 1.1])
+def test_an_eps_that_drifts(drift):
+    run = Run("HashTable", torch.float32)
+    run.train(120, prepare=settings_of(eps=lambda i: 1e-6 * drift**i))
+    assert run.error() <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3)])
+def test_no_ids_in_eval_mode(shape):
+    run = Run("Embedding")
+    run.train(5)
+    run.table.eval()
+    assert run.table(torch.empty(shape, dtype=torch.int64)).shape == (*shape, DIM)
+    assert run.optimizer.caught_up("table", torch.empty(shape).long()).shape == (*shape, DIM)
+
+
+def test_a_model_saved_alone_does_not_make_an_increment_of_less(tmp_path):
+    model, optimizer = model_and_optimizer("dense")
+    train(model, optimizer, 0, 10)
+    checkpoint.save(tmp_path, model=model, step=0, incremental=True)
+    path = checkpoint.save(tmp_path, model=model, optimizer=optimizer, step=1, incremental=True)
+    other, its_optimizer = model_and_optimizer("dense")
+    checkpoint.load(path, model=other, optimizer=its_optimizer)
+    assert exp_avg_by_id(its_optimizer) == exp_avg_by_id(optimizer)
+
+
+def test_a_model_that_is_converted():
+    run = Run("Embedding", torch.float32)
+    run.train(10)
+    now = run.weights()
+    run.table.double()
+    assert torch.allclose(run.weights(), now, rtol=0, atol=1e-6)
+    run.table.eval()
+    assert run.table(torch.arange(ROWS)).dtype is torch.float64
+    SparseAdamW({"t": run.table}, untouched="dense")
+    assert torch.allclose(run.table.weight.detach(), now, rtol=0, atol=1e-6)
+
+
+def test_other_settings_by_hand():
+    run = Run("HashTable", mode="decay")
+    run.train(2)
+    run.optimizer.param_groups[0]["bias_correction"] = "row"
+    run.backward(torch.tensor([1]))
+    with pytest.raises(ValueError, match="bias_correction was changed in param_groups"):
+        run.optimizer.step()
+    with pytest.raises(IndexError, match=f"it has {ROWS} rows, there is no row -1"):
+        Run("Embedding").optimizer.caught_up("table", torch.tensor([3, -1]))
+
+
+def test_two_lookups_with_learned_factors(engine):
+    """The second one brings rows up to date in a weight that the first has saved for backward."""
+    bag = torch.nn.EmbeddingBag(8, 2, sparse=True, mode="sum")
+    optimizer = SparseAdamW({"bag": bag}, untouched="dense")
+    factors = torch.ones(1, 1, requires_grad=True)
+    for _ in range(3):
+        for ids in ([[1]], [[2]]):
+            bag(torch.tensor(ids), per_sample_weights=factors).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    one = bag(torch.tensor([[3]]), per_sample_weights=factors)
+    two = bag(torch.tensor([[4]]), per_sample_weights=factors)
+    (one + two).sum().backward()
+    bag.eval()
+    assert bag(torch.tensor([[3]]), per_sample_weights=factors).requires_grad  # it is not behind

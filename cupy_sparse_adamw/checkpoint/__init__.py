@@ -477,7 +477,10 @@ def _log_of(saved: dict[str, Any], owner: list[str] | None) -> MissedSteps | Non
         return None
     state = saved["optimizers"][owner[0]]
     which = state["state"].get(owner[1], {}).get("missed")
-    return None if which is None else MissedSteps.replayed(state["missed_steps"][which])
+    if which is None:
+        return None
+    log = state["missed_steps"][which] = MissedSteps.replayed(state["missed_steps"][which])
+    return log  # and whoever needs it next finds it replayed
 
 
 def _build_table(

@@ -193,16 +193,19 @@ class TableRows:
         """Set values [n, D] by name of slot for ids [n] int64, all on the CPU.
 
         Raises:
-            ValueError: an id cannot be, or the step of its last update.
+            ValueError: an id cannot be.
         """
         raise NotImplementedError
 
-    def _require_steps(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError if a row's last update is at a step that the log does not have."""
-        last, log = values.get(LAST_STEP), self._log
-        if last is None or not last.numel():
+    def _require_steps(self, last: torch.Tensor) -> None:
+        """Raise ValueError if a last update, of [n, 1], is at a step that the log does not have.
+
+        Only of rows as they come out: an increment may replace older ones.
+        """
+        log = self._log
+        if log is None or not last.numel():
             return
-        if log is None or not log.first <= int(last.min()) <= int(last.max()) <= log.t:
+        if not log.first <= int(last.min()) <= int(last.max()) <= log.t:
             raise ValueError(
                 f"table {self.name!r}: rows were updated last at steps {int(last.min())} to "
                 f"{int(last.max())}, which is not in the saved log"
@@ -275,9 +278,16 @@ class HashTableRows(TableRows):
         """See ``TableRows``."""
         return self._store.ids_of(rows)
 
+    def saved_rows(self) -> SavedRows | None:
+        """See ``TableRows``: not known either if other things were saved of each row."""
+        saved = super().saved_rows()
+        return saved if saved is not None and saved.versions == list(self.slots()) else None
+
     def note_saved(self, checkpoint: Any) -> None:
         """See ``TableRows``."""
         self._store.note_saved(checkpoint)
+        assert self._store.saved_rows is not None
+        self._store.saved_rows.versions = list(self.slots())
 
     def start(self, rows: int, keys: Sequence[str], log: MissedSteps | None) -> None:
         """See ``TableRows``."""
@@ -294,7 +304,6 @@ class HashTableRows(TableRows):
 
     def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """See ``TableRows``. Ids of other slices are passed over."""
-        self._require_steps(values)
         accepted = self.table.accepts(ids)
         if not bool(accepted.all()):
             ids, values = ids[accepted], {name: value[accepted] for name, value in values.items()}
@@ -325,6 +334,10 @@ class HashTableRows(TableRows):
             raise ValueError(
                 f"table {self.name!r} comes to {built.num_rows} rows, {self._rows} were saved"
             )
+        if self._log is not None:
+            for begin in range(0, built.num_numbered, 1 << 16):
+                rows = built.rows_between(begin, begin + (1 << 16))
+                self._require_steps(functional.gather(built.slots[LAST_STEP], rows))
         if keep_moments and self._log is not None:
             built.missed = self._log
             bring_up_to_date(_OfStore(built))
@@ -446,7 +459,6 @@ class WeightRows(TableRows):
 
     def put(self, ids: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
         """See ``TableRows``."""
-        self._require_steps(values)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.table):
             raise ValueError(
                 f"table {self.name!r}: rows {int(ids.min())} to {int(ids.max())} are saved of a "
@@ -471,6 +483,8 @@ class WeightRows(TableRows):
     def finish(self, keep_moments: bool) -> None:
         """See ``TableRows``."""
         built = {key: self._tensors[OPTIMIZER_SLOTS[key]] for key in self._keys}
+        if self._log is not None:
+            self._require_steps(built["last_step"])
         if not keep_moments:
             self.moments = built or None
             return
