@@ -6,6 +6,7 @@ threads wait for each other.
 
 from __future__ import annotations
 
+import _thread
 import collections
 import functools
 import itertools
@@ -14,6 +15,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from ._signals import uninterrupted
 
 _Self = TypeVar("_Self", bound="Guarded")
 _Args = ParamSpec("_Args")
@@ -105,26 +108,55 @@ class Held:
         collections.deque(giving_back, maxlen=0)  # again in one call
 
 
+#: Seconds after which a Ctrl-C that came during a fork is passed on.
+AFTER_FORK_S = 0.01
+
 _forking: list[Held] = []
+_interrupted = False
 
 
 def _before_fork() -> None:
-    """Wait until no thread is in the middle of a table: the child gets whole ones."""
-    _owners_lock.acquire()
-    held = Held(list(_owners))
-    held.__enter__()
-    _forking.append(held)
+    """Wait until no thread is in the middle of a table: the child gets whole ones.
+
+    Python drops what is raised here, so Ctrl-C waits until the fork is done.
+    """
+    global _interrupted
+    try:
+        with uninterrupted():
+            _forking.append(_hold_all())
+    except KeyboardInterrupt:
+        _interrupted = True
+
+
+def _hold_all() -> Held:
+    """Take all locks, and last the one that whoever makes a lock needs, maybe while holding one."""
+    while True:
+        with _owners_lock:
+            owners = list(_owners)
+        held = Held(owners)
+        held.__enter__()
+        _owners_lock.acquire()
+        if {*map(id, _owners)} <= {*map(id, owners)}:
+            return held
+        _owners_lock.release()  # somebody made one meanwhile
+        held.__exit__()
 
 
 def _after_fork_in_parent() -> None:
+    global _interrupted
     _forking.pop().__exit__()
     _owners_lock.release()
+    if _interrupted:
+        _interrupted = False
+        # Not now: what is raised here is dropped, too.
+        threading.Timer(AFTER_FORK_S, _thread.interrupt_main).start()
 
 
 def _after_fork_in_child() -> None:
     """Threads that waited for a lock are not here: begin with new ones."""
-    global _owners_lock
+    global _owners_lock, _interrupted
     _forking.pop()._taken = ()
+    _interrupted = False
     _owners_lock = threading.RLock()
     for owner in list(_owners):
         owner.lock = threading.RLock()

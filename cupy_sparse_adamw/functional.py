@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import signal
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ._signals import uninterrupted as uninterrupted
 from ._types import Distribution, HostCopy, Lagging, Pending, RowIndex, RowReport, Slot, Update
 
 #: Engine -> its module, absolute or relative to this package.
@@ -90,29 +89,6 @@ def _engine(device: torch.device) -> Any:
                 stacklevel=2,
             )
         return load_engine("reference")
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within the block Ctrl-C waits: what handles SIGINT is called at its end.
-
-    Only the main thread is ever interrupted, so in others nothing is done, nor where Python does
-    not handle SIGINT.
-    """
-    handler = None
-    if threading.get_ident() == threading.main_thread().ident:
-        handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        yield
-        return
-    came: list[Any] = []
-    try:
-        signal.signal(signal.SIGINT, lambda *received: came.append(received))
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:  # also where the block raised
-            handler(*came[0])
 
 
 class Segments:

@@ -168,11 +168,12 @@ class BaseFilterHookImpl(torch.nn.Module):
 
     def do_filter(self) -> None:
         """Delete what ``filter`` says, except rows that a gradient waits for or may come for."""
-        ids, index = self._ht.ids_map()
-        delete_ids, delete_index = self.filter(ids, index)
-        free = ~are_among(delete_index, self._ht.pending_rows())
-        self._ht.delete(delete_ids[free])
-        self.after_filter(ids, delete_ids[free])
+        with self._ht.lock:
+            ids, index = self._ht.ids_map()
+            delete_ids, delete_index = self.filter(ids, index)
+            free = ~are_among(delete_index, self._ht.pending_rows())
+            self._ht.delete(delete_ids[free])
+            self.after_filter(ids, delete_ids[free])
 
     def after_filter(self, ids: torch.Tensor, delete_ids: torch.Tensor) -> None:
         """Called with the ids that were there, and those that went."""
@@ -269,7 +270,11 @@ class HashtableHookFactory:
 
     def filters(self) -> list[BaseFilterHookImpl]:
         """The filters of all tables that live."""
-        return list(self._live)
+        while True:
+            try:
+                return list(self._live)
+            except RuntimeError:  # another thread made a table meanwhile
+                continue
 
 
 def _register(registry: dict[str, Any], name: str, policy: Any, base: type) -> None:
@@ -368,7 +373,8 @@ class HashTableFilterHook:
         if self._model is not None:
             policies = filter(lambda x: isinstance(x, BaseFilterHookImpl), self._model.modules())
         for policy in policies:
-            policy.update_step()
+            with policy._ht.lock:
+                policy.update_step()
             if due:
                 policy.do_filter()
         if due:

@@ -218,7 +218,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable  # the update is no tensor program
     def _update_alone(self) -> None:
-        with self._locked():
+        with self.locked():
             is_enabled = torch.is_grad_enabled()
             try:
                 # torch.no_grad is several calls: Ctrl-C within would leave gradients disabled.
@@ -227,8 +227,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             finally:
                 torch._C._set_grad_enabled(is_enabled)
 
-    def _locked(self) -> Held:
-        """Within ``with self._locked()`` no other thread reads or changes the tables' rows."""
+    def locked(self) -> Held:
+        """What keeps other threads from reading or changing rows of all tables in a ``with``.
+
+        Around several calls that shall be one. Not around a backward on a GPU, which runs in a
+        thread of torch's own and would wait for this one.
+        """
         owners = (table.lock_owner for table in self._tables.values())
         return Held(owner for owner in owners if owner is not None)
 
@@ -422,7 +426,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, unless micro-batches are being accumulated."""
-        with self._locked():
+        with self.locked():
             if self._accumulated == 0:
                 for table in self._tables.values():
                     table.clear_pending(set_to_none)
@@ -456,7 +460,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             KeyError: the optimizer has no table of such a name.
         """
         tables = [self._table_named(name) for name in (self._tables if names is None else names)]
-        with self._locked():
+        with self.locked():
             for table in tables:
                 bring_up_to_date(table)
             if names is None:
@@ -481,7 +485,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             IndexError: an Embedding has no such row (on the CPU).
         """
         table = self._table_named(name)
-        with self._locked():
+        with self.locked():
             return table.caught_up(ids)
 
     def _table_named(self, name: str) -> Table:
@@ -507,7 +511,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             IndexError: an earlier update on a GPU got a gradient of a row out of range. It is
                 raised once.
         """
-        with self._locked():
+        with self.locked():
             return export_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -516,7 +520,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: something does not fit; then nothing has been changed.
         """
-        with self._locked():
+        with self.locked():
             install = build_state(self, state_dict)
             for table in self._tables.values():
                 bring_up_to_date(table)  # weights stay as they are now

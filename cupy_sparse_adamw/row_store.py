@@ -100,13 +100,14 @@ class _Undo:
         numbered, free, _ = self.counters.tolist()
         free_rows = index.free_rows[:free] if self.free_rows is None else self.free_rows
         fresh = torch.arange(numbered, int(index.counters[0]), device=free_rows.device)
-        slots = {**store.slots, _IDS: store.ids_by_row}
+        slots = {**store._raw_slots, _IDS: store._raw_ids_by_row}
         for rows, values in reversed(self.deleted):
             for name, value in values.items():
                 functional.scatter_(slots[name], rows, value)
         store._to_zero = [*self.to_zero, free_rows, fresh]  # hooks may have written there
         index.free_rows[:free] = free_rows
         index.counters.copy_(self.counters)
+        store._raw_bound = RowBound(index.counters, Rows(numbered - free, numbered))
 
 
 class SlotGroup:
@@ -187,13 +188,15 @@ class RowStore:
         distribution: Distribution,
     ) -> None:
         self._block_size = block_size
-        self.slots = {EMBEDDING: Slot(EMBEDDING, dim, block_size, dtype, device)}
-        self.ids_by_row = Slot("ids", 1, block_size, torch.int64, device)
+        self._undo: _Undo | None = None  # of the change that is being made
+        self._undone: _Undo | None = None  # what to put back before anybody looks
+        self._raw_slots = {EMBEDDING: Slot(EMBEDDING, dim, block_size, dtype, device)}
+        self._raw_ids_by_row = Slot("ids", 1, block_size, torch.int64, device)
         self.seed = seed
         self.distribution = distribution
         self._raw_index = _index_of(0, _empty_entries(MIN_ENTRIES, device))
         self._is_torn = False  # entries of the index may hold rows that are not counted
-        self._bound = RowBound(self._index.counters, Rows(0, 0))
+        self._raw_bound = RowBound(self._index.counters, Rows(0, 0))
         self._deleted = 0  # entries of the index that are DELETED, at the most
         self._to_zero: list[torch.Tensor] = []  # rows that became free
         self.pins = 0
@@ -201,8 +204,6 @@ class RowStore:
         self._is_in_graph = False  # a captured lookup reads the index and the slots as they are
         self.saved_rows: SavedRows | None = None
         self.missed: MissedSteps | None = None
-        self._undo: _Undo | None = None  # of the change that is being made
-        self._undone: _Undo | None = None  # what to put back before anybody looks
         self._made_in = os.getpid()
         give_lock(self)
 
@@ -214,6 +215,43 @@ class RowStore:
         self.__dict__.update(state, _followed=weakref.WeakSet())
         give_lock(self)
 
+    # Whoever looks at any of these finds a change that failed undone.
+
+    def _put_back(self) -> None:
+        if self._undone is not None:
+            self._undone.put_back(self, self._raw_index)
+            self._undone = None
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """See the class."""
+        self._put_back()
+        return self._raw_slots
+
+    @slots.setter
+    def slots(self, slots: dict[str, Slot]) -> None:
+        self._raw_slots = slots
+
+    @property
+    def ids_by_row(self) -> Slot:
+        """See the class."""
+        self._put_back()
+        return self._raw_ids_by_row
+
+    @ids_by_row.setter
+    def ids_by_row(self, slot: Slot) -> None:
+        self._raw_ids_by_row = slot
+
+    @property
+    def _bound(self) -> RowBound:
+        """How many rows there are, at the most."""
+        self._put_back()
+        return self._raw_bound
+
+    @_bound.setter
+    def _bound(self, bound: RowBound) -> None:
+        self._raw_bound = bound
+
     @property
     def embedding(self) -> Slot:
         """The embeddings."""
@@ -222,11 +260,9 @@ class RowStore:
     @property
     def _index(self) -> RowIndex:
         """The index, built anew first if a change broke off in the middle of it."""
+        self._put_back()
         index = self._raw_index
         if self._is_torn:
-            if self._undone is not None:
-                self._undone.put_back(self, index)
-                self._undone = None
             index.counters[2:] = 0  # rows that were given but not counted
             index.entries.fill_(MISSING)
             for rows in _rows_in(index).split(ROWS_AT_A_TIME):
@@ -544,6 +580,11 @@ class RowStore:
             ids: [n] int64, distinct.
             values: slot's name -> [n, D] of its dtype, "embedding" among them unless n is 0.
         """
+        if self._undo is not None:
+            raise RuntimeError(
+                "a table cannot be cleared or loaded by a hook that makes room in it: what it "
+                "does is undone if the lookup fails; use table.delete(ids)"
+            )
         self._note_ids()
         size, device = ids.numel(), ids.device
         index = _index_of(size, _empty_entries(_capacity_for(size), device))

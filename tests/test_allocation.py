@@ -8,6 +8,7 @@ MemoryError and with RuntimeError, which is what torch raises; else a part of th
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from cupy_sparse_adamw import (
     FilterHook,
     HashTable,
     HashtableHookFactory,
+    NormalInitializer,
     SparseAdamW,
     functional,
 )
@@ -131,3 +133,63 @@ def test_rows_that_a_failed_lookup_had_taken_are_as_new(engine, monkeypatch):
     assert (table.state_dict()["uses"] == 1).all()
     assert not state["exp_avg"][is_new].any()
     assert (state["exp_avg"][~is_new] != 0).all()
+
+
+@pytest.mark.parametrize("look", ["state_dict", "flush", "double", "new owner", "clear", "lookup"])
+def test_whoever_looks_first_finds_a_lookup_undone(monkeypatch, look):
+    """A lookup that had let rows go, which were behind, fails: they are back, for everybody."""
+    table = HashTable(
+        [3],
+        4,
+        initializer=NormalInitializer(std=1.0),
+        filter_hook=FilterHook("LRU", {"max_rows": 12}),
+    )
+    optimizer = SparseAdamW({"t": table}, lr=0.1, untouched="dense")
+    for first in (0, 3, 6, 9):
+        table(torch.arange(first, first + 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = table.ids()
+    assert ids.tolist() == list(range(12))
+    before = optimizer.caught_up("t", ids)
+    moments = copy.deepcopy(optimizer).state_dict()["state"]["t"]["exp_avg"]
+    insert = functional.find_or_insert_
+
+    def fails(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(functional, "find_or_insert_", fails)
+    with pytest.raises(MemoryError):
+        table(torch.arange(100, 104))
+    monkeypatch.setattr(functional, "find_or_insert_", insert)
+    if look == "flush":
+        optimizer.flush()
+    elif look == "double":
+        table.double()
+    elif look == "new owner":
+        optimizer = SparseAdamW({"t": table}, untouched="dense")
+    elif look == "clear":
+        table.clear()
+        assert len(table) == 0
+        return
+    elif look == "lookup":
+        table(ids)
+    state = table.state_dict()
+    order = state["ids"].argsort()
+    assert state["ids"][order].tolist() == ids.tolist()
+    assert torch.allclose(state["embedding"][order].float(), before, rtol=1e-5, atol=1e-6)
+    if look != "new owner":
+        saved = optimizer.state_dict()["state"]["t"]
+        order = saved["ids"].argsort()
+        assert torch.allclose(saved["exp_avg"][order].float(), moments, rtol=1e-5, atol=1e-7)
+
+
+def test_a_hook_cannot_clear_the_table_it_makes_room_in(monkeypatch):
+    table = HashTable([3], filter_hook=FilterHook("LRU", {"max_rows": 4}))
+    table(torch.arange(4))
+    monkeypatch.setattr(
+        type(table._filter_hook_impl), "make_room", lambda hook, *args: table.clear()
+    )
+    with pytest.raises(RuntimeError, match=r"by a hook that makes room in it.*table\.delete"):
+        table(torch.arange(4, 8))
+    assert len(table) == 4

@@ -7,6 +7,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -451,6 +452,83 @@ class OwnTable(Dataset):
         table = drawn()
         table(torch.arange(item + 1))
         return len(table)
+
+
+MAKES_LOCKS_BESIDE_FORKS = """
+import copy, os, sys, threading, torch
+from cupy_sparse_adamw import HashTable, SparseAdamW
+
+table = HashTable([4])
+optimizer = SparseAdamW({"t": table})
+table(torch.arange(100)).sum().backward()
+optimizer.step()
+count = 0
+
+def copies():
+    global count
+    while True:
+        with optimizer.locked():
+            copy.deepcopy(table)  # has a lock of its own
+        count += 1
+
+threading.Thread(target=copies, daemon=True).start()
+forks = 0
+while forks < 100 or count < 20:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(table) != 100)
+    assert os.waitpid(pid, 0)[1] == 0
+    forks += 1
+sys.stdout.write("done")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@forks
+def test_forks_beside_a_thread_that_makes_tables_under_a_lock():
+    command = [sys.executable, "-W", "ignore", "-c", MAKES_LOCKS_BESIDE_FORKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "done", done.stderr
+
+
+CTRL_C_WHILE_A_FORK_WAITS = """
+import os, signal, sys, threading, time
+from cupy_sparse_adamw import HashTable
+
+table = HashTable([4])
+held = threading.Event()
+
+def hold():
+    with table.lock:
+        held.set()
+        time.sleep(0.3)
+
+threading.Thread(target=hold).start()
+held.wait()
+threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(table))
+    assert os.waitpid(pid, 0)[1] == 0
+    time.sleep(5)
+    sys.stdout.write("no KeyboardInterrupt")
+except KeyboardInterrupt:
+    made = threading.Thread(target=lambda: HashTable([4]))
+    made.start()
+    made.join(5)
+    sys.stdout.write("alive" if not made.is_alive() else "a thread hangs")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@forks
+def test_ctrl_c_while_a_fork_waits_comes_after_it():
+    command = [sys.executable, "-W", "ignore", "-c", CTRL_C_WHILE_A_FORK_WAITS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "alive", done.stderr
 
 
 @forks
