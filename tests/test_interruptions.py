@@ -24,6 +24,8 @@ from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, functio
 
 PACKAGE = str(Path(cupy_sparse_adamw.__file__).parent)
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 SIZES = {"wide": (8, torch.float32), "narrow": (3, torch.float32), "exact": (3, torch.float64)}
 
 

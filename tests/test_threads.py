@@ -496,6 +496,7 @@ CTRL_C_WHILE_A_FORK_WAITS = """
 import os, signal, sys, threading, time
 from cupy_sparse_adamw import HashTable
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 table = HashTable([4])
 held = threading.Event()
 
