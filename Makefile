@@ -43,7 +43,7 @@ setup: $(VENV)/train.installed $(VENV)/test.installed $(VENV)/lint.installed ## 
 train: $(VENV)/train.installed ## train on MovieLens-100K; ARGS=--resume goes on, ARGS=--help lists the rest
 	$(PY) examples/train_movielens.py $(ARGS)
 
-study: $(VENV)/train.installed ## the convergence study, into docs/study.md; 45 minutes, after Ctrl-C it goes on
+study: $(VENV)/train.installed ## the convergence study, into docs/study.md; takes an hour or so, after Ctrl-C it goes on
 	$(PY) examples/study.py $(ARGS)
 
 test: $(VENV)/test.installed ## run all tests; ends with what was skipped
