@@ -94,7 +94,11 @@ class MissedSteps:
 
     def clone(self) -> MissedSteps:
         """One that goes its own way from here."""
-        return copy.deepcopy(self)
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            for name in ("_rules", "_factors", "_steps", "_state"):
+                setattr(twin, name, getattr(self, name).clone())
+        return twin
 
     # ------------------------------------------------------------------ what engines read
 

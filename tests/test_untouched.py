@@ -560,7 +560,7 @@ def test_out_of_range_ids_are_torchs_to_refuse():
     with pytest.raises(IndexError):
         run.table(torch.tensor([ROWS]))
     assert bits(run.table.weight.detach()) == before
-    with pytest.raises(IndexError, match=rf"names row {ROWS}, but the table has {ROWS} rows"):
+    with pytest.raises(IndexError, match=rf"it has {ROWS} rows, there is no row {ROWS}"):
         run.optimizer.caught_up("table", torch.tensor([ROWS]))
 
 
