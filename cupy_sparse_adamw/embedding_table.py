@@ -253,7 +253,7 @@ class EmbeddingTable(Table):
     def lagging(self) -> Lagging | None:
         """See ``Table.lagging``."""
         log, state = self.missed, self._state
-        if log is None or state is None or log.t == log.first:
+        if log is None or state is None or log.is_empty:
             return None
         param = self._over_weight(self.name).slot
         self._convert(state)
@@ -277,7 +277,7 @@ class EmbeddingTable(Table):
     def require_read_current(self, pending: Pending) -> RowReport | None:
         """Whether a hook saw to it before rows were read; see ``Table.require_read_current``."""
         log, state = self.missed, self._state
-        if log is None or state is None or log.t == log.first:
+        if log is None or state is None or log.is_empty:
             return None
         behind = torch.zeros((), dtype=torch.bool, device=self.device)
         for piece in pending.pieces:

@@ -103,6 +103,11 @@ class MissedSteps:
     # ------------------------------------------------------------------ what engines read
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no row can be behind."""
+        return self.t == self.first
+
+    @property
     def window(self) -> int:
         """After so many missed steps replaying them moves nothing any more but decay."""
         return _steps_until(REPLAY_ENDS, self._max_ratio)

@@ -10,12 +10,12 @@ import torch
 from . import functional
 from ._checks import lr_error, require_betas, require_hyperparams, require_int, row_error
 from ._locks import Held
-from ._types import Hyperparams, Kind, Pending, RowReport, Update
+from ._types import SKIP, Hyperparams, Kind, Pending, RowReport, Update
 from .missed_steps import MissedSteps
 from .optimizer_state import build_state, export_state, require_no_amsgrad
 from .tables import Table, as_table, bring_up_to_date, claim, num_claims, require_owned
 from .untouched import (
-    hook_again,
+    hook_module,
     leave_former,
     make_room,
     prepare_to_count,
@@ -238,7 +238,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _update(self, last: bool) -> None:
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
-        make_room(self._tables.values())
+        # What follows asks each of hundreds of tables only if some may lag.
+        may_lag = any(group.get("untouched", "skip") != "skip" for group in self.param_groups)
+        if may_lag:
+            make_room(self._tables.values())
         tables, grads, hypers, groups = [], [], [], []
         for group, name, table in self._named_tables():
             pending = table.pending(name)
@@ -271,22 +274,25 @@ class SparseOptimizer(torch.optim.Optimizer):
                 self._put_on_device(state, pending.param.device)
             pending.fault = state["row_fault"]
             states.append(state)
-        self._begin_to_miss(tables, states)
+        if may_lag:
+            self._begin_to_miss(tables, states)
         segments = functional.segment(grads)
-        reports = [
-            report
-            for table, pending in zip(tables, grads, strict=True)
-            if (report := table.require_read_current(pending)) is not None
-        ]
+        reports: list[RowReport] = []
+        if may_lag:
+            asked = (t.require_read_current(g) for t, g in zip(tables, grads, strict=True))
+            reports = [report for report in asked if report is not None]
         updates = [
             self._update_of(table, pending, state, hyper)
             for table, pending, state, hyper in zip(tables, grads, states, hypers, strict=True)
         ]
         apply = self._prepare_updates(updates, segments)
-        count = prepare_to_count(list(zip(tables, hypers, strict=True)), self._tables.values())
+        count = None
+        if may_lag:
+            count = prepare_to_count(list(zip(tables, hypers, strict=True)), self._tables.values())
         with functional.uninterrupted():
             self._reports += apply()
-            count()
+            if count is not None:
+                count()
             self._reports += reports
             self._accumulated = 0
 
@@ -308,6 +314,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         untouched = group.get("untouched", "skip")
         per_row = group.get("bias_correction", "table") == "row"
+        if untouched == table.untouched == "skip" and not (per_row or table.counts_rows):
+            return SKIP
         if per_row != table.counts_rows:
             raise ValueError(
                 f"table {name!r}: bias_correction was changed in param_groups; it is chosen when "
@@ -343,9 +351,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         logs: dict[tuple[str, int], MissedSteps] = {}
         for table, state in zip(tables, states, strict=True):
             if table.untouched != "skip" and table.missed is None:
-                dense, t = table.untouched == "dense", int(state["step"])
-                log = logs.setdefault((table.untouched, t), MissedSteps(dense, t))
-                table.begin_to_miss(state, log)
+                alike = table.untouched, int(state["step"])
+                if alike not in logs:
+                    logs[alike] = MissedSteps(alike[0] == "dense", alike[1])
+                table.begin_to_miss(state, logs[alike])
 
     @staticmethod
     def _put_on_device(state: dict[str, Any], device: torch.device, t: int = 0) -> None:
@@ -549,7 +558,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for name, saved in grads.items():
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():
-            hook_again(table)
+            hook_module(table)  # it was copied too, and its hooks without the table
             claim(table, self)  # the copies' owner is the copy
 
 

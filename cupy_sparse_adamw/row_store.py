@@ -24,13 +24,11 @@ EXP_AVG = "sparse_adamw_exp_avg"
 EXP_AVG_SQ = "sparse_adamw_exp_avg_sq"
 LAST_STEP = "sparse_adamw_last_step"
 ROW_STEP = "sparse_adamw_row_step"
-#: Slots that belong to the optimizer, by the names that its state has for them.
-OPTIMIZER_SLOTS = {
-    "exp_avg": EXP_AVG,
-    "exp_avg_sq": EXP_AVG_SQ,
-    "last_step": LAST_STEP,
-    "row_step": ROW_STEP,
-}
+#: Slots that belong to the optimizer, by the names that its state has for them: as wide as the
+#: embedding, and of one int32.
+MOMENT_SLOTS = {"exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
+STEP_SLOTS = {"last_step": LAST_STEP, "row_step": ROW_STEP}
+OPTIMIZER_SLOTS = MOMENT_SLOTS | STEP_SLOTS
 
 _IDS = "ids"
 #: Share of the index that may be filled. At 0.7 a search for an absent id looks at 6 entries on
@@ -551,7 +549,7 @@ class RowStore:
     def new_slot(self, key: str) -> Slot:
         """A zeroed slot for what the optimizer's state names ``key``, not yet part of the store."""
         embedding = self.embedding
-        if key in ("exp_avg", "exp_avg_sq"):
+        if key in MOMENT_SLOTS:
             dim, dtype = embedding.dim, MOMENT_DTYPE[embedding.dtype]
         else:
             dim, dtype = 1, torch.int32

@@ -130,7 +130,7 @@ class RowTable(Table):
     def lagging(self) -> Lagging | None:
         """See ``Table.lagging``."""
         log = self._store.missed
-        if log is None or log.t == log.first:
+        if log is None or log.is_empty:
             return None
         missed, kind = log.on(self.device), log.kind(self.dtype)
         last_step = self._store.slots[LAST_STEP]

@@ -63,16 +63,14 @@ def take_over(table: Table, group: Mapping[str, Any]) -> None:
     """Prepare a table for a new owner, after ``leave_former``."""
     table.untouched = group.get("untouched", "skip")
     table.counts_rows = group.get("bias_correction", "table") == "row"
-    if isinstance(table, EmbeddingTable):
-        if (former := table_behind(table.weight)) is not None:
-            former.leave()
-        if table.module is not None:
-            hook(table.module, table if table.untouched != "skip" else None)
+    if isinstance(table, EmbeddingTable) and (former := table_behind(table.weight)) is not None:
+        former.leave()
+    hook_module(table)
     table.drop_moments()
 
 
-def hook_again(table: Table) -> None:
-    """After an optimizer was copied: have the table's module, which was copied too, read it."""
+def hook_module(table: Table) -> None:
+    """See to it that the module of a table whose rows may be behind reads them as of now."""
     if isinstance(table, EmbeddingTable) and table.module is not None:
         hook(table.module, table if table.untouched != "skip" else None)
 
@@ -82,7 +80,9 @@ def restart(tables: Iterable[Table]) -> None:
     fresh: dict[int, MissedSteps] = {}
     for table in tables:
         if (log := table.missed) is not None:
-            table.missed = fresh.setdefault(id(log), MissedSteps(log.dense, log.t))
+            if id(log) not in fresh:
+                fresh[id(log)] = MissedSteps(log.dense, log.t)
+            table.missed = fresh[id(log)]
 
 
 def make_room(tables: Iterable[Table]) -> None:

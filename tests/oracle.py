@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cupy_sparse_adamw._types import Slot
+from cupy_sparse_adamw._types import MISSING, Slot
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -79,6 +79,18 @@ def slot_of(values: torch.Tensor, block_size: int) -> Slot:
         part = values[begin : begin + block_size]
         slot.values()[begin // block_size][: part.shape[0]] = part
     return slot
+
+
+def hot_batch(size: int, counts: list[int]) -> torch.Tensor:
+    """Rows [N] in random order: row i ``counts[i]`` times, 50 others, and 9 that are missing.
+
+    The last of the ``size`` rows is not among them.
+    """
+    rows = [torch.full((n,), row) for row, n in enumerate(counts)]
+    rows.append(torch.randint(0, size - 1, (50,)))
+    rows.append(torch.full((9,), MISSING))
+    together = torch.cat(rows)
+    return together[torch.randperm(together.numel())]
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from oracle import bits, relative_error, slot_of
+from oracle import bits, hot_batch, relative_error, slot_of
 
 from cupy_sparse_adamw import functional
 from cupy_sparse_adamw._types import (
@@ -240,11 +240,7 @@ def group(dtype, grad_dtype, dim, kind):
         table = Behind(size, dim, dtype, last, block_size)
         steps = schedule(t + 1)
         counts = hot if number == 0 else [2 * TILE] if number == 1 else []
-        rows = [torch.full((n,), row) for row, n in enumerate(counts)]
-        rows.append(torch.randint(0, size - 1, (50,)))  # the last row is never touched
-        rows.append(torch.full((9,), MISSING))
-        rows = torch.cat(rows)
-        rows = rows[torch.randperm(rows.numel())]
+        rows = hot_batch(size, counts)
         grads = (torch.randn(rows.numel(), dim) + 0.5).to(grad_dtype)
         options = {"grad_scale": 0.5} if number == 0 else {"mean": number == 1}
         table.t += t

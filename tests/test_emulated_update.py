@@ -12,7 +12,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, bits, relative_error, slot_of, within_one_ulp
+from oracle import Oracle, bits, hot_batch, relative_error, slot_of, within_one_ulp
 from test_update import Table, step
 
 from cupy_sparse_adamw import functional
@@ -39,11 +39,7 @@ def group(dtype, grad_dtype, dim):
     for number, (size, block_size) in enumerate([(40, 7), (3, 64), (25, 1)]):
         table = Table(torch.randn(size, dim).to(dtype), block_size)
         counts = hot if number == 0 else [2 * TILE] if number == 1 else []
-        rows = [torch.full((n,), row) for row, n in enumerate(counts)]
-        rows.append(torch.randint(0, size - 1, (50,)))  # the last row is never touched
-        rows.append(torch.full((9,), MISSING))
-        rows = torch.cat(rows)
-        rows = rows[torch.randperm(rows.numel())]
+        rows = hot_batch(size, counts)
         grads = (torch.randn(rows.numel(), dim) + 0.5).to(grad_dtype)
         cuts = sorted(torch.randint(0, rows.numel(), (2,)).tolist())
         pieces = [(rows[a:b], grads[a:b]) for a, b in itertools.pairwise([0, *cuts, rows.numel()])]

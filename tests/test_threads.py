@@ -454,6 +454,13 @@ class OwnTable(Dataset):
         return len(table)
 
 
+def require_says(script: str, expected: str) -> None:
+    """Run a script that may hang in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == expected, done.stderr
+
+
 MAKES_LOCKS_BESIDE_FORKS = """
 import copy, os, sys, threading, torch
 from cupy_sparse_adamw import HashTable, SparseAdamW
@@ -487,9 +494,7 @@ os._exit(0)
 
 @forks
 def test_forks_beside_a_thread_that_makes_tables_under_a_lock():
-    command = [sys.executable, "-W", "ignore", "-c", MAKES_LOCKS_BESIDE_FORKS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "done", done.stderr
+    require_says(MAKES_LOCKS_BESIDE_FORKS, "done")
 
 
 CTRL_C_WHILE_A_FORK_WAITS = """
@@ -527,9 +532,7 @@ os._exit(0)
 
 @forks
 def test_ctrl_c_while_a_fork_waits_comes_after_it():
-    command = [sys.executable, "-W", "ignore", "-c", CTRL_C_WHILE_A_FORK_WAITS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "alive", done.stderr
+    require_says(CTRL_C_WHILE_A_FORK_WAITS, "alive")
 
 
 @forks

@@ -14,14 +14,19 @@ from .._types import MOMENT_DTYPE, Slot
 from ..embedding_table import EmbeddingTable, table_behind
 from ..hash_table import HashTable
 from ..missed_steps import MissedSteps
-from ..row_store import EMBEDDING, EXP_AVG, EXP_AVG_SQ, LAST_STEP, OPTIMIZER_SLOTS, RowStore
+from ..row_store import (
+    EMBEDDING,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    LAST_STEP,
+    MOMENT_SLOTS,
+    OPTIMIZER_SLOTS,
+    STEP_SLOTS,
+    RowStore,
+)
 from ..row_table import RowTable
 from ..saved_rows import SavedRows
-from ..tables import (
-    bring_up_to_date,
-    dtype_name,
-    require_moments,
-)
+from ..tables import bring_up_to_date, dtype_name, require_moments
 
 #: Bytes that scanning takes for each row that it looks at, whether or not it is written.
 SCAN_BYTES = 64
@@ -156,7 +161,7 @@ class TableRows:
             )
         if (EXP_AVG in layout) != (EXP_AVG_SQ in layout):
             raise ValueError(f"table {self.name!r}: the checkpoint has one of two moments")
-        for name in OF_OPTIMIZER[2:]:
+        for name in STEP_SLOTS.values():
             if name in layout and layout[name] != {"dtype": "int32", "dim": 1}:
                 raise ValueError(f"table {self.name!r}: the saved {name} is {layout[name]}")
         for name, slot in own.items():
@@ -174,7 +179,7 @@ class TableRows:
                 key: torch.empty(
                     0, layout[name]["dim"], dtype=getattr(torch, layout[name]["dtype"])
                 )
-                for key, name in list(OPTIMIZER_SLOTS.items())[:2]
+                for key, name in MOMENT_SLOTS.items()
             }
             saved["dtype"] = layout[EMBEDDING]["dtype"]
             require_moments(self.name, saved, own[EMBEDDING].dtype, own[EMBEDDING].dim)
@@ -448,7 +453,7 @@ class WeightRows(TableRows):
             EMBEDDING: (dim, dtype),
             EXP_AVG: (dim, moment),
             EXP_AVG_SQ: (dim, moment),
-            **dict.fromkeys(OF_OPTIMIZER[2:], (1, torch.int32)),
+            **dict.fromkeys(STEP_SLOTS.values(), (1, torch.int32)),
         }
         self._tensors = {
             name: empty((count, kinds[name][0]), kinds[name][1], self.device).zero_()

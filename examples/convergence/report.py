@@ -168,19 +168,26 @@ def ratings_report(tables: Tables, plot: str) -> str:
             difference_table(tables, auc),
             "and RMSE (less is better):",
             difference_table(tables, error),
-            "Test AUC:",
-            grid(tables, lambda case: _interval(tables, case, auc)),
-            "Test RMSE:",
-            grid(tables, lambda case: _interval(tables, case, error)),
-            "What tuning chose, learning rate and epochs:",
-            grid(tables, lambda case: _chosen(tables, case)),
-            "Least validation error of each learning rate at decay 0, and after how many epochs:",
-            rate_table(tables),
-            likeness(tables),
-            "Seconds an epoch, medians of three, in turns and one process at a time:",
-            seconds_table(tables),
+            *in_full(tables, "RMSE"),
         ]
     )
+
+
+def in_full(tables: Tables, error_name: str) -> list[str]:
+    """Every case: its figures, what tuning chose, and what it takes."""
+    return [
+        "Test AUC:",
+        grid(tables, lambda case: _interval(tables, case, auc)),
+        f"Test {error_name}:",
+        grid(tables, lambda case: _interval(tables, case, error)),
+        "What tuning chose, learning rate and epochs:",
+        grid(tables, lambda case: _chosen(tables, case)),
+        "Least validation error of each learning rate at decay 0, and after how many epochs:",
+        rate_table(tables),
+        likeness(tables),
+        "Seconds an epoch, medians of three, in turns and one process at a time:",
+        seconds_table(tables),
+    ]
 
 
 def clicks_report(tables: Tables, plot: str) -> str:
@@ -217,17 +224,7 @@ def clicks_report(tables: Tables, plot: str) -> str:
             difference_table(tables, error),
             "and AUC by decay and how often training showed the item:",
             markdown(head, differences),
-            "Test AUC:",
-            grid(tables, lambda case: _interval(tables, case, auc)),
-            "Test log loss:",
-            grid(tables, lambda case: _interval(tables, case, error)),
-            "What tuning chose, learning rate and epochs:",
-            grid(tables, lambda case: _chosen(tables, case)),
-            "Least validation error of each learning rate at decay 0, and after how many epochs:",
-            rate_table(tables),
-            likeness(tables),
-            "Seconds an epoch, medians of three, in turns and one process at a time:",
-            seconds_table(tables),
+            *in_full(tables, "log loss"),
         ]
     )
 

@@ -335,6 +335,13 @@ def _cast(value, tag):  # type: ignore[no-untyped-def]
     return lambda value, tag: np.float32(value)
 
 
+@inline
+def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
+    """Ask for ``size`` bytes."""
+    for offset in range(0, size, 64):
+        prefetch(address + offset)
+
+
 @functools.lru_cache(maxsize=1024)
 def reciprocal_of(size: int) -> int:
     """For ``block_of``: the 64 bits of 2^64 / size, rounded up; 0 for 1."""

@@ -37,6 +37,7 @@ from ._compile import (
     jit,
     load,
     prefetch,
+    prefetch_bytes,
     reciprocal_of,
     store,
     view,
@@ -298,16 +299,10 @@ def _row_at(grads, tables, i, rows):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
-    for offset in range(0, size, 64):
-        prefetch(address + offset)
-
-
-@inline
 def _prefetch_grad(grads, i, pieces):  # type: ignore[no-untyped-def]
     if i < pieces.end:
         address, _ = _grad_at(grads, i, pieces)
-        _prefetch_bytes(address, grads.dim * grads.itemsize)
+        prefetch_bytes(address, grads.dim * grads.itemsize)
 
 
 def _prefetch_steps(per_row: Any, grads: _Grads, i: int, rows: _Rows, end: int) -> None:
@@ -342,9 +337,9 @@ def _prefetch_row(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
     if i < end and _is_head(grads, i):
         _prefetch_steps(tables.per_row, grads, i, rows, end)
         param, exp_avg, exp_avg_sq = _row_at(grads, tables, i, rows)
-        _prefetch_bytes(param, grads.dim * tables.param_itemsize)
-        _prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
-        _prefetch_bytes(exp_avg_sq, grads.dim * tables.moment_itemsize)
+        prefetch_bytes(param, grads.dim * tables.param_itemsize)
+        prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
+        prefetch_bytes(exp_avg_sq, grads.dim * tables.moment_itemsize)
 
 
 @inline

@@ -23,6 +23,7 @@ from ._compile import (
     jit,
     multiply_high,
     prefetch,
+    prefetch_bytes,
     reciprocal_of,
     row_address,
     view,
@@ -142,8 +143,7 @@ def _gather(part, begin, end, blocks, block_size, reciprocal, row_bytes, rows, t
     for i in range(begin, end):
         if i + AHEAD < end and rows[i + AHEAD] >= 0:
             ahead = row_address(blocks, block_size, reciprocal, rows[i + AHEAD], row_bytes)
-            for offset in range(0, row_bytes, 64):
-                prefetch(ahead + offset)
+            prefetch_bytes(ahead, row_bytes)
         if rows[i] >= 0:
             source = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
             copy_bytes(target + i * row_bytes, source, row_bytes)

@@ -34,6 +34,7 @@ from ._compile import (
     load,
     multiply_add,
     prefetch,
+    prefetch_bytes,
     reciprocal_of,
     store,
     view,
@@ -151,12 +152,18 @@ def log_at(kind, logs, number):  # type: ignore[no-untyped-def]
 
 
 @inline
-def cell_address(blocks, block_size, reciprocal, row):  # type: ignore[no-untyped-def]
-    """Where the int32 of a row is in a slot of width 1, given the address of block addresses."""
+def _place(blocks, block_size, reciprocal, row, row_bytes):  # type: ignore[no-untyped-def]
+    """Where a row is in a slot, given the address of block addresses."""
     block = np.int64(0)
     if row >= block_size:  # never so in an Embedding
         block = block_of(row, reciprocal)
-    return at(blocks, block, INT64) + 4 * (row - block * block_size)
+    return at(blocks, block, INT64) + row_bytes * (row - block * block_size)
+
+
+@inline
+def cell_address(blocks, block_size, reciprocal, row):  # type: ignore[no-untyped-def]
+    """Where the int32 of a row is in a slot of width 1."""
+    return _place(blocks, block_size, reciprocal, row, 4)
 
 
 @inline
@@ -284,9 +291,21 @@ def _normal_or_zero_in(x):  # type: ignore[no-untyped-def]
     return lambda x: zero if abs(x) < tiny else x
 
 
+def _shift(exp_avg_sq: Any, rule: Any) -> Any:
+    """S(√exp_avg_sq), see ``Missed``."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_shift)
+def _shift_in(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
+    if rule.instance_class is _TwoNodes:
+        return lambda exp_avg_sq, rule: _shift_of_two(exp_avg_sq, rule)
+    return lambda exp_avg_sq, rule: _shift_of_six(exp_avg_sq, rule)
+
+
 @inline
-def _shift(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
-    """S(√exp_avg_sq), see ``Missed``: two divisions and a square root."""
+def _shift_of_six(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
+    """``_shift`` as it stands there: two divisions and a square root."""
     one = cast(1.0, exp_avg_sq)
     root = cast(math.sqrt(exp_avg_sq), exp_avg_sq)
     inverse = one / (rule.c + root)
@@ -304,7 +323,7 @@ def _shift(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
 
 @inline
 def _shift_of_two(exp_avg_sq, rule):  # type: ignore[no-untyped-def]
-    """``_shift`` with e_2 = 0, both fractions multiplied out: one division."""
+    """``_shift`` with e_2 = 0, both fractions multiplied out: one division less."""
     root = cast(math.sqrt(exp_avg_sq), exp_avg_sq)
     sum_ = rule.c + root
     above = rule.weight * multiply_add(rule.d1 - rule.e1, root, sum_)
@@ -326,12 +345,6 @@ def _caught_up(missed, param, exp_avg, exp_avg_sq):  # type: ignore[no-untyped-d
             param + missed.decay * param,
             exp_avg,
             exp_avg_sq,
-        )
-    if missed.instance_class is _TwoNodes:
-        return lambda missed, param, exp_avg, exp_avg_sq: (
-            param + (missed.decay * param - exp_avg * _shift_of_two(exp_avg_sq, missed)),
-            _normal_or_zero(exp_avg * missed.beta1_power),
-            exp_avg_sq * missed.beta2_power,
         )
     return lambda missed, param, exp_avg, exp_avg_sq: (
         param + (missed.decay * param - exp_avg * _shift(exp_avg_sq, missed)),
@@ -459,27 +472,19 @@ class _Table(NamedTuple):
 
 
 @inline
-def _place(blocks, log, row, row_bytes):  # type: ignore[no-untyped-def]
-    block = np.int64(0)
-    if row >= log.block_size:
-        block = block_of(row, log.reciprocal)
-    return at(blocks, block, INT64) + row_bytes * (row - block * log.block_size)
-
-
-@inline
 def _param_at(table, row):  # type: ignore[no-untyped-def]
-    row_bytes = table.dim * table.param_itemsize
-    return _place(table.params, table.log, row, row_bytes)
+    log, row_bytes = table.log, table.dim * table.param_itemsize
+    return _place(table.params, log.block_size, log.reciprocal, row, row_bytes)
 
 
 @inline
 def _row_at(table, row):  # type: ignore[no-untyped-def]
     """Addresses of a row's weights, exp_avg and exp_avg_sq."""
-    row_bytes = table.dim * table.moment_itemsize
+    log, row_bytes = table.log, table.dim * table.moment_itemsize
     return (
         _param_at(table, row),
-        _place(table.exp_avgs, table.log, row, row_bytes),
-        _place(table.exp_avg_sqs, table.log, row, row_bytes),
+        _place(table.exp_avgs, log.block_size, log.reciprocal, row, row_bytes),
+        _place(table.exp_avg_sqs, log.block_size, log.reciprocal, row, row_bytes),
     )
 
 
@@ -501,22 +506,16 @@ def _addresses_in(table, row):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
-    for offset in range(0, size, 64):
-        prefetch(address + offset)
-
-
-@inline
 def _prefetch_row(table, row):  # type: ignore[no-untyped-def]
     """Ask for what bringing a row up to date will read; its last step should be in cache."""
     last_step = last_step_of(table.log, row)
     if last_step == table.log.t:
-        _prefetch_bytes(_param_at(table, row), table.dim * table.param_itemsize)
+        prefetch_bytes(_param_at(table, row), table.dim * table.param_itemsize)
     else:
         param, exp_avg, exp_avg_sq = _addresses(table, row)
-        _prefetch_bytes(param, table.dim * table.param_itemsize)
-        _prefetch_bytes(exp_avg, table.dim * table.moment_itemsize)
-        _prefetch_bytes(exp_avg_sq, table.dim * table.moment_itemsize)
+        prefetch_bytes(param, table.dim * table.param_itemsize)
+        prefetch_bytes(exp_avg, table.dim * table.moment_itemsize)
+        prefetch_bytes(exp_avg_sq, table.dim * table.moment_itemsize)
         prefetch_missed(table.log, last_step)
 
 
