@@ -15,6 +15,9 @@ import torch
 
 #: Bytes from which on huge pages are asked for: two of them, so that one at least lies within.
 LARGE = 1 << 22
+#: Linux's advices: to use huge pages, and to move to them now (Linux 6.1). Python's mmap lacks the
+#: second, and elsewhere both.
+_HUGEPAGE, _COLLAPSE = 14, 25
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -23,21 +26,34 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     Whoever asks for it fills all of it: a huge page takes 2 MiB at the first touch.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
+    _advise(tensor, _HUGEPAGE)
+    return tensor
+
+
+def move_to_huge_pages(tensor: torch.Tensor) -> None:
+    """Have the system move memory in use to huge pages, if it is large. Addresses stay.
+
+    It is copied once. Where that is not to be had, as on other systems and older Linux, nothing
+    happens.
+    """
+    _advise(tensor, _COLLAPSE)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Tell the system about the whole pages of a large tensor on the CPU."""
     madvise = _madvise()
     if madvise is not None and tensor.device.type == "cpu" and tensor.nbytes >= LARGE:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         begin += -begin % mmap.PAGESIZE
         end -= end % mmap.PAGESIZE
-        madvise(begin, end - begin)  # an advice: where it is not taken, pages are small
-    return tensor
+        madvise(begin, end - begin, advice)  # an advice: where it is not taken, pages are small
 
 
 @functools.cache
-def _madvise() -> Callable[[int, int], int] | None:
-    """Ask for huge pages at (address, bytes); None where the system has no such call."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has it
-    if advice is None:
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's call, of (address, bytes, advice); None where it has no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone has it
         return None
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return lambda address, size: int(madvise(address, size, advice))
+    return lambda address, size, advice: int(madvise(address, size, advice))

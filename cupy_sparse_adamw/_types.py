@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,12 +28,54 @@ MISSING = -1
 DELETED = -2
 
 
+class _Memory:
+    """Where the rows of a slot are, or those of several slots side by side.
+
+    Args:
+        shape: (n, D): of n slots, elements a row of each.
+        block_size: rows per block.
+        dtype: element type.
+        device: where the blocks live.
+
+    Attributes:
+        slabs: each [k * block_size, n, D]; columns are contiguous.
+        rows: of all slabs.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shape = shape
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
+        self.slabs: list[torch.Tensor] = []
+        self.rows = 0
+
+    def reserve(self, rows: int) -> None:
+        """See ``Slot.reserve``."""
+        if rows <= self.rows:
+            return
+        blocks = -(-(rows - self.rows) // self.block_size)
+        blocks = max(blocks, self.rows // self.block_size // 8)
+        with torch.inference_mode(False):  # a slab outlives the mode that it is allocated in
+            shape = (blocks * self.block_size, *self.shape)
+            slab = empty(shape, self.dtype, self.device).zero_()
+        self.append(slab)
+
+    def append(self, slab: torch.Tensor) -> None:
+        """Add rows at the end."""
+        self.slabs.append(slab)
+        self.rows += slab.shape[0]  # last: Ctrl-C may come at any line
+
+
 class Slot:
     """One value of width D for each row of a table: its weights, or a moment.
 
     Rows live in blocks of ``block_size`` rows: row r is row ``r % block_size`` of block
     ``r // block_size``. Growing appends blocks, so no row ever moves. Blocks are cut from slabs
-    whose size grows with the slot, so a large table needs few allocations.
+    whose size grows with the slot, so a large table needs few allocations. A block's rows lie
+    ``row_bytes`` apart.
 
     Args:
         name: the slot's name, as in RecIS ("embedding", "sparse_adamw_exp_avg", ...).
@@ -45,22 +88,46 @@ class Slot:
     def __init__(
         self, name: str, dim: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._lie_in(_Memory((1, dim), block_size, dtype, device), name, 0)
+
+    def _lie_in(self, memory: _Memory, name: str, place: int) -> None:
+        """Be the slot at a place in each row of the memory."""
         self._name = name
-        self._block_size = block_size
-        self.dim = dim
-        self.dtype = dtype
-        self.device = device
-        self._slabs: list[torch.Tensor] = []  # each [k * block_size, D], contiguous
-        self._held = 0  # rows of all slabs
-        self._addresses: np.ndarray | None = None
+        self._place = place
+        self._memory = memory
+        self._block_size = memory.block_size
+        self.dim = memory.shape[1]
+        self.dtype = memory.dtype
+        self.device = memory.device
+        self.row_bytes = math.prod(memory.shape) * memory.dtype.itemsize
+        self._known_rows = -1  # those of the memory as it was for what follows
+        self._addresses = np.empty(0, dtype=np.int64)
         self._addresses_at = 0
         self._block_table: torch.Tensor | None = None
 
     @classmethod
+    def side_by_side(
+        cls,
+        names: Sequence[str],
+        dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[Slot]:
+        """Slots whose rows lie side by side: memory for a row of one is memory for one of each."""
+        memory = _Memory((len(names), dim), block_size, dtype, device)
+        slots = [cls.__new__(cls) for _ in names]
+        for place, (slot, name) in enumerate(zip(slots, names, strict=True)):
+            slot._lie_in(memory, name, place)
+        return slots
+
+    @classmethod
     def over(cls, name: str, weight: torch.Tensor) -> Slot:
-        """The slot whose only block is ``weight`` [R, D] (contiguous) itself."""
+        """The slot whose only block is ``weight`` [R, D] itself; its columns are contiguous."""
         slot = cls(name, weight.shape[1], max(weight.shape[0], 1), weight.dtype, weight.device)
-        slot._append(weight)
+        slot._memory.append(weight[:, None])
+        if weight.shape[0] > 1:
+            slot.row_bytes = weight.stride(0) * weight.itemsize
         return slot
 
     @classmethod
@@ -76,12 +143,21 @@ class Slot:
         """The slot whose blocks are ``blocks``, each [block_size, D] (contiguous), themselves."""
         slot = cls(name, dim, block_size, dtype, device)
         for block in blocks:
-            slot._append(block)
+            slot._memory.append(block[:, None])
         return slot
 
     def __getstate__(self) -> dict[str, object]:
         # Addresses mean nothing in a copy.
-        return {**self.__dict__, "_addresses": None, "_block_table": None}
+        return {**self.__dict__, "_known_rows": -1, "_block_table": None}
+
+    @property
+    def _slabs(self) -> list[torch.Tensor]:
+        return [slab[:, self._place] for slab in self._memory.slabs]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether rows of a block do not follow one upon the other."""
+        return self.row_bytes != self.dim * self.dtype.itemsize
 
     def name(self) -> str:
         """The slot's name."""
@@ -97,11 +173,11 @@ class Slot:
 
     def num_rows(self) -> int:
         """Rows that memory is held for, in use or not."""
-        return self._held
+        return self._memory.rows
 
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        return sum(slab.numel() * slab.element_size() for slab in self._slabs)
+        return self.num_rows() * self.dim * self.dtype.itemsize
 
     def values(self) -> list[torch.Tensor]:
         """The blocks in order, each [block_size, D]. Views, no copies."""
@@ -109,44 +185,52 @@ class Slot:
 
     def value(self) -> torch.Tensor:
         """All rows that memory is held for, [rows, D]: a copy unless there is only one slab."""
-        if not self._slabs:
+        slabs = self._slabs
+        if not slabs:
             return torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
-        return self._slabs[0] if len(self._slabs) == 1 else torch.cat(self._slabs)
+        return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Slot:
-        """The same rows on another device or in another dtype; shared where nothing changes."""
+        """The same rows on another device or in another dtype, alone in memory; else the slot."""
+        if (device, dtype) == (self.device, self.dtype):
+            return self
         moved = Slot(self._name, self.dim, self._block_size, dtype, device)
-        for slab in self._slabs:
-            moved._append(slab.to(device=device, dtype=dtype))
+        for slab in self._memory.slabs:
+            one = slab[:, self._place : self._place + 1]
+            moved._memory.append(
+                one.to(device, dtype, memory_format=torch.contiguous_format, copy=True)
+            )
         return moved
 
     def addresses(self) -> np.ndarray:
-        """The address of each block, [blocks] int64. Kept until the slot grows or changes."""
-        if self._addresses is None:
-            block_bytes = self._block_size * self.dim * self.dtype.itemsize
+        """The address of each block, [blocks] int64. Kept until the slot grows."""
+        if self._known_rows != self._memory.rows:
+            rows, size = self._memory.rows, self._block_size
             firsts = [
-                slab.data_ptr() + block_bytes * np.arange(-(-slab.shape[0] // self._block_size))
+                slab.data_ptr() + size * self.row_bytes * np.arange(-(-slab.shape[0] // size))
                 for slab in self._slabs
             ]
             addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
             self._addresses_at = addresses.ctypes.data  # asked for at every step: it is slow
-            self._addresses = addresses
+            self._addresses, self._block_table = addresses, None
+            self._known_rows = rows
         return self._addresses
 
     def addresses_at(self) -> int:
         """Where ``addresses`` begins in memory. Kept as long."""
-        if self._addresses is None:
+        if self._known_rows != self._memory.rows:
             self.addresses()
         return self._addresses_at
 
     def has_block_table(self) -> bool:
         """Whether ``block_table`` is there, so that asking for it copies nothing."""
-        return self._block_table is not None
+        return self._block_table is not None and self._known_rows == self._memory.rows
 
     def block_table(self) -> torch.Tensor:
         """``addresses`` as a tensor on the slot's device, [blocks] int64. Kept as long."""
+        addresses = self.addresses()
         if self._block_table is None:
-            table = torch.from_numpy(self.addresses().copy())
+            table = torch.from_numpy(addresses.copy())
             if self.device.type == "cuda":  # from pinned memory, so that nobody waits
                 table = table.pin_memory()
             self._block_table = table.to(self.device, non_blocking=True, copy=True)
@@ -154,23 +238,12 @@ class Slot:
 
     def reserve(self, rows: int) -> None:
         """Hold zeroed memory for at least ``rows`` rows; existing rows stay where they are."""
-        held = self.num_rows()
-        if rows <= held:
-            return
-        blocks = max(-(-(rows - held) // self._block_size), held // self._block_size // 8)
-        with torch.inference_mode(False):  # a slab outlives the mode that it is allocated in
-            slab = empty((blocks * self._block_size, self.dim), self.dtype, self.device).zero_()
-        self._append(slab)
+        self._memory.reserve(rows)
 
     def fill(self, value: float) -> None:
         """Set all elements, also of rows that are not in use."""
         for slab in self._slabs:
             slab.fill_(value)
-
-    def _append(self, slab: torch.Tensor) -> None:
-        self._addresses = self._block_table = None  # first: Ctrl-C may come at any line
-        self._slabs.append(slab)
-        self._held += slab.shape[0]
 
 
 @dataclasses.dataclass

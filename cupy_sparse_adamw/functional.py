@@ -258,6 +258,11 @@ def is_capturing(device: torch.device) -> bool:
     return bool(_engine(device).is_capturing(device))
 
 
+def pairs_moments(device: torch.device) -> bool:
+    """Whether steps are quicker with rows of exp_avg and exp_avg_sq side by side in memory."""
+    return bool(_engine(device).pairs_moments(device))
+
+
 def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
     """Copies [N, D] of the named rows [N] int64; ``MISSING`` reads as zeros."""
     values: torch.Tensor = _engine(slot.device).gather(slot, rows)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -546,20 +546,34 @@ class RowStore:
         self.saved_rows = None
         return slot
 
-    def new_slot(self, key: str) -> Slot:
-        """A zeroed slot for what the optimizer's state names ``key``, not yet part of the store."""
-        embedding = self.embedding
-        if key in MOMENT_SLOTS:
-            dim, dtype = embedding.dim, MOMENT_DTYPE[embedding.dtype]
-        else:
-            dim, dtype = 1, torch.int32
-        slot = Slot(OPTIMIZER_SLOTS[key], dim, self._block_size, dtype, embedding.device)
-        slot.reserve(embedding.num_rows())
-        return slot
+    def new_slots(self, keys: Collection[str]) -> dict[str, Slot]:
+        """Zeroed slots for what the optimizer's state names ``keys``, not yet part of the store."""
+        dim, dtype = self.embedding.dim, MOMENT_DTYPE[self.embedding.dtype]
+        columns = {
+            OPTIMIZER_SLOTS[key]: (dim, dtype) if key in MOMENT_SLOTS else (1, torch.int32)
+            for key in keys
+        }
+        slots = self._slots_of(columns, self.embedding.num_rows())
+        return dict(zip(keys, slots.values(), strict=True))
 
-    def new_moments(self) -> tuple[Slot, Slot]:
-        """Zeroed slots for exp_avg and exp_avg_sq, not yet part of the store."""
-        return self.new_slot("exp_avg"), self.new_slot("exp_avg_sq")
+    def _slots_of(
+        self, columns: Mapping[str, tuple[int, torch.dtype]], rows: int
+    ) -> dict[str, Slot]:
+        """Zeroed slots for so many rows, given the width and dtype of each by name.
+
+        The moments lie side by side where the engine is quicker then.
+        """
+        device, size = self.embedding.device, self._block_size
+        slots = {
+            name: Slot(name, dim, size, dtype, device) for name, (dim, dtype) in columns.items()
+        }
+        if {EXP_AVG, EXP_AVG_SQ} <= columns.keys() and functional.pairs_moments(device):
+            names, (dim, dtype) = (EXP_AVG, EXP_AVG_SQ), columns[EXP_AVG]
+            pair = Slot.side_by_side(names, dim, size, dtype, device)
+            slots.update(zip(names, pair, strict=True))
+        for slot in slots.values():
+            slot.reserve(rows)
+        return slots
 
     # ------------------------------------------------------------------ replacing the contents
 
@@ -593,10 +607,9 @@ class RowStore:
         functional.scatter_(ids_by_row, rows, ids[:, None])
         old_rows = self.find(ids)
         kept = old_rows != MISSING
-        slots = {}
+        slots = self._slots_of({name: (x.dim, x.dtype) for name, x in self.slots.items()}, size)
         for name, slot in self.slots.items():
-            new = slots[name] = Slot(name, slot.dim, self._block_size, slot.dtype, device)
-            new.reserve(size)
+            new = slots[name]
             if name in values:
                 functional.scatter_(new, rows, values[name])
             elif name != EMBEDDING:

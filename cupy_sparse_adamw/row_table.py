@@ -15,6 +15,7 @@ from .row_store import (
     EXP_AVG,
     EXP_AVG_SQ,
     LAST_STEP,
+    MOMENT_SLOTS,
     OPTIMIZER_SLOTS,
     ROW_STEP,
     FoundRows,
@@ -109,7 +110,7 @@ class RowTable(Table):
 
     def new_last_step(self, t: int) -> Slot:
         """See ``Table.new_last_step``."""
-        slot = self._store.new_slot("last_step")
+        slot = self._store.new_slots(["last_step"])["last_step"]
         slot.fill(t)
         return slot
 
@@ -124,7 +125,7 @@ class RowTable(Table):
     def _optimizer_slot(self, key: str) -> Slot:
         slots, name = self._store.slots, OPTIMIZER_SLOTS[key]
         if name not in slots:
-            slots[name] = self._store.new_slot(key)
+            slots[name] = self._store.new_slots([key])[key]
         return slots[name]
 
     def lagging(self) -> Lagging | None:
@@ -164,7 +165,8 @@ class RowTable(Table):
     def _moments(self) -> tuple[Slot, Slot]:
         slots = self._store.slots
         if EXP_AVG not in slots:
-            slots[EXP_AVG], slots[EXP_AVG_SQ] = self._store.new_moments()
+            new = self._store.new_slots(MOMENT_SLOTS)
+            slots |= {MOMENT_SLOTS[key]: slot for key, slot in new.items()}
         return slots[EXP_AVG], slots[EXP_AVG_SQ]
 
     def drop_moments(self) -> None:
@@ -193,7 +195,7 @@ class RowTable(Table):
         values = require_moments(name, saved, self.dtype, self._store.embedding.dim)
         rows = self._rows_of_saved(name, "moments", saved.get("ids"))
         require_moment_rows(name, rows, values["exp_avg"].shape[0])
-        built = {key: self._store.new_slot(key) for key in values}
+        built = self._store.new_slots(values)
         for key, slot in built.items():
             functional.scatter_(slot, rows, values[key].to(self.device))
         return built

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from cupy_sparse_adamw import functional
 from cupy_sparse_adamw._types import MISSING, Slot
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -74,10 +75,24 @@ def within_one_ulp(x: torch.Tensor, exact: np.ndarray) -> bool:
 def slot_of(values: torch.Tensor, block_size: int) -> Slot:
     """A slot of several blocks that holds ``values`` [R, D], then zeros to the end of a block."""
     slot = Slot("test", values.shape[1], block_size, values.dtype, values.device)
-    for begin in range(0, values.shape[0], block_size):  # one slab a block: the worst layout
+    return _filled(slot, values)
+
+
+def moments_of(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, block_size: int) -> list[Slot]:
+    """The same for both moments, each [R, D], as a table on this engine has them."""
+    if not functional.pairs_moments(exp_avg.device):
+        return [slot_of(values, block_size) for values in (exp_avg, exp_avg_sq)]
+    names, dim = ("exp_avg", "exp_avg_sq"), exp_avg.shape[1]
+    slots = Slot.side_by_side(names, dim, block_size, exp_avg.dtype, exp_avg.device)
+    return [_filled(slot, x) for slot, x in zip(slots, (exp_avg, exp_avg_sq), strict=True)]
+
+
+def _filled(slot: Slot, values: torch.Tensor) -> Slot:
+    size = slot.block_size()
+    for begin in range(0, values.shape[0], size):  # one slab a block: the worst layout
         slot.reserve(begin + 1)
-        part = values[begin : begin + block_size]
-        slot.values()[begin // block_size][: part.shape[0]] = part
+        part = values[begin : begin + size]
+        slot.values()[begin // size][: part.shape[0]] = part
     return slot
 
 

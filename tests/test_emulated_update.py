@@ -354,8 +354,9 @@ def rows_behind(first: int, values: torch.Tensor) -> Slot:
     """A slot of three blocks of 2**30 rows, of which memory is held for a few: ``first`` and on."""
     slot = Slot("big", values.shape[1], 2**30, values.dtype, values.device)
     for block in range(3):
-        slot._append(values.clone() if block == first >> 30 else torch.zeros_like(values))
-    slot._held = 3 * 2**30
+        slab = values.clone() if block == first >> 30 else torch.zeros_like(values)
+        slot._memory.append(slab[:, None])
+    slot._memory.rows = 3 * 2**30
     return slot
 
 

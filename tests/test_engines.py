@@ -35,6 +35,7 @@ OPERATIONS = [
     "init_rows_",
     "insert_",
     "is_capturing",
+    "pairs_moments",
     "prepare_sparse_adamw",
     "rehash_",
     "scatter_",

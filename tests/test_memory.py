@@ -86,27 +86,68 @@ def test_large_tables_ask_for_huge_pages(allocate: Callable[[], list[torch.Tenso
         assert asks_for_huge_pages(tensor)
 
 
+def huge_kilobytes(tensor: torch.Tensor) -> int:
+    """Kilobytes of huge pages in the mapping that the tensor's middle is in."""
+    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in SMAPS.read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            begin, end = (int(x, 16) for x in key.split("-"))
+            inside = begin <= address < end
+        elif inside and key == "AnonHugePages:":
+            return int(values[0])
+    raise AssertionError("the tensor is in no mapping of this process")
+
+
 @needs_huge_pages
-def test_what_is_not_ours_asks_for_nothing():
-    assert not asks_for_huge_pages(embedding_state()[1])
+def test_the_weight_of_an_embedding_moves_to_huge_pages_and_stays_what_it_is():
+    probe = torch.ones(ROWS, DIM)
+    _memory.move_to_huge_pages(probe)
+    if not huge_kilobytes(probe):
+        pytest.skip("this system moves nothing to huge pages: Linux 6.1 does, if it has some free")
+    weight = torch.nn.Parameter(torch.arange(ROWS * DIM, dtype=torch.float32).view(ROWS, DIM))
+    before, address = weight.detach().clone(), weight.data_ptr()
+    small = huge_kilobytes(weight)  # those of a neighbour
+    weight.grad = torch.sparse_coo_tensor(
+        [[1]], torch.ones(1, DIM), (ROWS, DIM), check_invariants=True
+    )
+    SparseAdamW({"table": weight}).step()
+    assert huge_kilobytes(weight) - small > 0.8 * weight.nbytes / 1024
+    assert weight.data_ptr() == address
+    assert torch.equal(weight[2:], before[2:])
+
+
+def test_a_weight_is_moved_once(monkeypatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        _memory, "_madvise", lambda: lambda begin, size, advice: asked.append((begin, advice))
+    )
+    optimizer, weight = embedding_state()
+    optimizer.step()
+    first = weight.data_ptr() + -weight.data_ptr() % mmap.PAGESIZE
+    assert asked.count((first, _memory._COLLAPSE)) == 1
+    assert (first, _memory._HUGEPAGE) not in asked
 
 
 @pytest.mark.parametrize(
     ("nbytes", "asked"), [(_memory.LARGE, True), (_memory.LARGE - DIM, False)], ids=["large", "not"]
 )
 def test_only_whole_pages_of_the_tensor_are_named(nbytes, asked, monkeypatch):
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(_memory, "_madvise", lambda: lambda *range_: calls.append(range_))
     tensor = _memory.empty((nbytes // DIM, DIM), torch.uint8, CPU)
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     assert len(calls) == asked
-    for address, size in calls:
+    for address, size, advice in calls:
+        assert advice == _memory._HUGEPAGE
         assert address % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
         assert 0 <= address - begin < mmap.PAGESIZE
         assert 0 <= end - (address + size) < mmap.PAGESIZE
 
 
-@pytest.mark.parametrize("madvise", [None, lambda address, size: -1], ids=["no call", "refused"])
+@pytest.mark.parametrize(
+    "madvise", [None, lambda address, size, advice: -1], ids=["no call", "refused"]
+)
 def test_systems_without_huge_pages(madvise, monkeypatch):
     monkeypatch.setattr(_memory, "_madvise", lambda: madvise)
     tensor = _memory.empty((_memory.LARGE // 4, 1), torch.float32, CPU).zero_()

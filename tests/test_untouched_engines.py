@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from oracle import DTYPES, bits, relative_error, slot_of, within_one_ulp
+from oracle import DTYPES, bits, moments_of, relative_error, slot_of, within_one_ulp
 
 from cupy_sparse_adamw import functional
 from cupy_sparse_adamw._types import (
@@ -146,8 +146,8 @@ class Table:
         self.size, self.missed = len(param), missed
         last = torch.as_tensor(last_step, dtype=torch.int32).view(-1, 1)
         moment = MOMENT_DTYPE[param.dtype]
-        values = param, exp_avg.to(moment), exp_avg_sq.to(moment), last
-        self.slots = [slot_of(x, block_size) for x in values]
+        moments = moments_of(exp_avg.to(moment), exp_avg_sq.to(moment), block_size)
+        self.slots = [slot_of(param, block_size), *moments, slot_of(last, block_size)]
         self.t = torch.tensor(missed.t)
 
     def lagging(self, mode: str) -> Lagging:
@@ -296,6 +296,32 @@ def test_rows_older_than_the_window(engine, mode, dtype):
         assert table.values()[1][~old].any()
 
 
+@pytest.mark.parametrize(
+    ("betas", "limits"),
+    [
+        ((0.9, 0.999), {0: 3e-6, 3: 2e-7, 10: 5e-9, 100: 1e-12}),
+        ((0.95, 0.999), {0: 2e-5, 3: 2e-6, 10: 1e-7, 100: 4e-12}),
+        ((0.99, 0.999), {0: 5e-4, 3: 1e-4, 10: 2e-5, 100: 1e-7}),
+        ((0.9, 0.99), {0: 1e-5, 3: 8e-7, 10: 5e-8, 100: 2e-11}),
+    ],
+    ids=str,
+)
+def test_rules_are_within_the_published_bounds(engine, betas, limits):
+    """The missed motion's largest relative error over all √v: the table of docs/untouched.md."""
+    setting = Setting(beta1=betas[0], beta2=betas[1])
+    log = Log(0, 300, window=300)
+    root = torch.cat([torch.zeros(1), torch.logspace(-14, 4, 60)]).double()[None]
+    for t in range(1, 277):
+        log.add(setting)
+        for s, limit in limits.items():
+            if t - s in (5, 20, 176):
+                missed = log.missed(root.device)
+                table = Table(torch.zeros_like(root), torch.ones_like(root), root**2, [s], missed)
+                moved = functional.gather_current(table.lagging("dense"), torch.tensor([0]))
+                exact, _, _ = replayed(table.row(0), s, [setting] * t, "dense")
+                assert np.abs(moved[0].cpu().numpy() / exact - 1).max() <= limit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["dense", "replay"])
 def test_momentum_below_the_normal_numbers_is_zero(engine, mode, dtype):
@@ -350,7 +376,7 @@ def test_many_rows_and_repeats(engine, mode, dtype):
         assert torch.equal(bits(old[untouched]), bits(new[untouched]))
     assert (after[3][~untouched] == 60).all()
     some = rows[:200]
-    table.slots = [slot_of(x, 1024) for x in before]
+    table.slots = [slot_of(x, 1024) for x in before]  # apart
     exact = [replayed(table.row(r), last_step[r], settings, mode) for r in some.tolist()]
     assert_close([x[some] for x in after], exact, dtype, 1e-6)
 

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import DTYPES, TOLERANCE, Oracle, bits, relative_error, slot_of, within_one_ulp
+from oracle import (
+    DTYPES,
+    TOLERANCE,
+    Oracle,
+    bits,
+    moments_of,
+    relative_error,
+    slot_of,
+    within_one_ulp,
+)
 
 from cupy_sparse_adamw import functional
 from cupy_sparse_adamw._types import (
@@ -31,7 +40,7 @@ class Table:
     def __init__(self, values: torch.Tensor, block_size: int = 5, hyper: Hyperparams = HYPER):
         zeros = torch.zeros(values.shape, dtype=MOMENT_DTYPE[values.dtype])
         self.size = values.shape[0]
-        self.slots = [slot_of(x, block_size) for x in (values, zeros, zeros)]
+        self.slots = [slot_of(values, block_size), *moments_of(zeros, zeros, block_size)]
         self.hyper, self.t = hyper, torch.tensor(0)
 
     def pending(self, *pieces, **options) -> Pending:

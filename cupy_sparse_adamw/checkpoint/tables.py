@@ -10,8 +10,8 @@ import torch
 from .. import functional
 from .._locks import Held
 from .._memory import empty
-from .._types import MOMENT_DTYPE, Slot
-from ..embedding_table import EmbeddingTable, table_behind
+from .._types import Slot
+from ..embedding_table import EmbeddingTable, new_moments, table_behind
 from ..hash_table import HashTable
 from ..missed_steps import MissedSteps
 from ..row_store import (
@@ -297,8 +297,8 @@ class HashTableRows(TableRows):
     def start(self, rows: int, keys: Sequence[str], log: MissedSteps | None) -> None:
         """See ``TableRows``."""
         self._built = self._store.empty_like()
-        for key in keys:
-            self._built.slots[OPTIMIZER_SLOTS[key]] = self._built.new_slot(key)
+        for key, slot in self._built.new_slots(keys).items():
+            self._built.slots[OPTIMIZER_SLOTS[key]] = slot
         self._accepted = 0
         self._keys, self._log = keys, log
         own = self.table._slice
@@ -352,9 +352,8 @@ class HashTableRows(TableRows):
             self.moments = taken or None
             return
         self.bring_up_to_date()
-        kept = {
-            name: built.new_slot(key) for key, name in OPTIMIZER_SLOTS.items() if name in old.slots
-        }
+        had = [key for key, name in OPTIMIZER_SLOTS.items() if name in old.slots]
+        kept = {OPTIMIZER_SLOTS[key]: slot for key, slot in built.new_slots(had).items()}
         for begin in range(0, built.num_numbered, 1 << 16):
             rows = built.rows_between(begin, begin + (1 << 16))
             old_rows = old.find(built.ids_of(rows))
@@ -448,17 +447,14 @@ class WeightRows(TableRows):
         """See ``TableRows``."""
         dtype, (count, dim) = self.table.weight.dtype, self.table.weight.shape
         self._keys, self._log = keys, log
-        moment = MOMENT_DTYPE[dtype]
-        kinds = {
-            EMBEDDING: (dim, dtype),
-            EXP_AVG: (dim, moment),
-            EXP_AVG_SQ: (dim, moment),
-            **dict.fromkeys(STEP_SLOTS.values(), (1, torch.int32)),
-        }
-        self._tensors = {
-            name: empty((count, kinds[name][0]), kinds[name][1], self.device).zero_()
-            for name in (EMBEDDING, *map(OPTIMIZER_SLOTS.__getitem__, keys))
-        }
+        self._tensors = {EMBEDDING: empty((count, dim), dtype, self.device).zero_()}
+        if keys:
+            self._tensors |= zip(MOMENT_SLOTS.values(), new_moments(self.table.weight), strict=True)
+        for key in keys:
+            if key in STEP_SLOTS:
+                self._tensors[STEP_SLOTS[key]] = torch.zeros(
+                    count, 1, dtype=torch.int32, device=self.device
+                )
         self._built = {name: Slot.over(name, x) for name, x in self._tensors.items()}
         self._has = torch.zeros(rows, dtype=torch.bool, device="cpu")
 

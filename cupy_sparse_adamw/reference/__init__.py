@@ -6,7 +6,7 @@ runs them on the same cases.
 
 from .adamw import coalesce, prepare_sparse_adamw, segment
 from .blocks import gather, scatter_
-from .device import copy_to_host, is_capturing
+from .device import copy_to_host, is_capturing, pairs_moments
 from .index import delete_, find, find_or_insert_, insert_, rehash_
 from .random import init_rows_
 from .untouched import catch_up_, extend_rules_, gather_current
@@ -24,6 +24,7 @@ __all__ = [
     "init_rows_",
     "insert_",
     "is_capturing",
+    "pairs_moments",
     "prepare_sparse_adamw",
     "rehash_",
     "scatter_",

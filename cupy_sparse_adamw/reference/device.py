@@ -15,3 +15,8 @@ def copy_to_host(tensor: torch.Tensor) -> HostCopy:
 def is_capturing(device: torch.device) -> bool:
     """Whether torch's current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def pairs_moments(device: torch.device) -> bool:
+    """Whether steps are quicker with rows of exp_avg and exp_avg_sq side by side: no."""
+    return False

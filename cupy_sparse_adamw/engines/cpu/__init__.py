@@ -1,7 +1,7 @@
 """The CPU engine: Numba loops over blocks of rows, compiled at first use and cached on disk."""
 
 from .adamw import coalesce, prepare_sparse_adamw
-from .device import copy_to_host, is_capturing
+from .device import copy_to_host, is_capturing, pairs_moments
 from .index import delete_, find, find_or_insert_, gather, insert_, rehash_, scatter_
 from .random import init_rows_
 from .segment import segment
@@ -20,6 +20,7 @@ __all__ = [
     "init_rows_",
     "insert_",
     "is_capturing",
+    "pairs_moments",
     "prepare_sparse_adamw",
     "rehash_",
     "scatter_",

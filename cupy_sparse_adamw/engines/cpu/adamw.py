@@ -68,6 +68,8 @@ from .untouched import (
 GRAIN_ELEMENTS = 32768
 #: Sorted positions between asking for a row and using it, at least and at most.
 MIN_AHEAD, MAX_AHEAD = 4, 32
+#: Numbers of ``_Tables.rows`` for a table.
+ROWS_WIDTH = 8
 #: Numbers of ``_scalars``.
 SCALARS = 12
 #: Bytes to ask for and not yet use between those two: an eighth of a small second-level cache.
@@ -97,7 +99,8 @@ class _Grads(NamedTuple):
 class _Tables(NamedTuple):
     """Where the tables of a group are, and the scalars of their update, as addresses."""
 
-    rows: int  # [T, 5] int64: block size, its reciprocal, each slot's address of block addresses
+    rows: int  # [T, ROWS_WIDTH] int64: block size, its reciprocal, then of each slot the address of
+    # its block addresses and the bytes from a row to the next
     scalars: int  # [T, SCALARS] float64, see _scalars
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
@@ -139,6 +142,9 @@ class _Rows(NamedTuple):
     params: int
     exp_avgs: int
     exp_avg_sqs: int
+    param_bytes: int  # from a row to the next
+    exp_avg_bytes: int
+    exp_avg_sq_bytes: int
     first_params: int
     first_exp_avgs: int
     first_exp_avg_sqs: int
@@ -249,19 +255,25 @@ def _lagging_at_in(untouched, per_row, tables, number):  # type: ignore[no-untyp
 @inline
 def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
     """``_Rows`` of a table."""
-    params = at(tables.rows, 5 * number + 2, INT64)
-    exp_avgs = at(tables.rows, 5 * number + 3, INT64)
-    exp_avg_sqs = at(tables.rows, 5 * number + 4, INT64)
+    numbers = tables.rows + 8 * ROWS_WIDTH * number
+    params, exp_avgs, exp_avg_sqs = (
+        at(numbers, 2, INT64),
+        at(numbers, 4, INT64),
+        at(numbers, 6, INT64),
+    )
     log, row_steps = _lagging_at(tables.untouched, tables.per_row, tables, number)
     return _Rows(
         log,
         row_steps,
         at(grads.first_keys, number, INT64),
-        at(tables.rows, 5 * number, INT64),
-        at(tables.rows, 5 * number + 1, INT64),
+        at(numbers, 0, INT64),
+        at(numbers, 1, INT64),
         params,
         exp_avgs,
         exp_avg_sqs,
+        at(numbers, 3, INT64),
+        at(numbers, 5, INT64),
+        at(numbers, 7, INT64),
         at(params, 0, INT64),
         at(exp_avgs, 0, INT64),
         at(exp_avg_sqs, 0, INT64),
@@ -283,7 +295,7 @@ def _grad_at(grads, i, pieces):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _row_at(grads, tables, i, rows):  # type: ignore[no-untyped-def]
+def _row_at(grads, i, rows):  # type: ignore[no-untyped-def]
     """Addresses of weights, exp_avg and exp_avg_sq of the row at sorted position i."""
     row = _key(grads, i) - rows.first_key
     param, exp_avg, exp_avg_sq = rows.first_params, rows.first_exp_avgs, rows.first_exp_avg_sqs
@@ -293,9 +305,11 @@ def _row_at(grads, tables, i, rows):  # type: ignore[no-untyped-def]
         param = at(rows.params, block, INT64)
         exp_avg = at(rows.exp_avgs, block, INT64)
         exp_avg_sq = at(rows.exp_avg_sqs, block, INT64)
-    param_offset = row * grads.dim * tables.param_itemsize
-    moment_offset = row * grads.dim * tables.moment_itemsize
-    return param + param_offset, exp_avg + moment_offset, exp_avg_sq + moment_offset
+    return (
+        param + row * rows.param_bytes,
+        exp_avg + row * rows.exp_avg_bytes,
+        exp_avg_sq + row * rows.exp_avg_sq_bytes,
+    )
 
 
 @inline
@@ -336,7 +350,7 @@ def _prefetch_row(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
     """Ask for the row at sorted position i, if it is in the table and a run begins there."""
     if i < end and _is_head(grads, i):
         _prefetch_steps(tables.per_row, grads, i, rows, end)
-        param, exp_avg, exp_avg_sq = _row_at(grads, tables, i, rows)
+        param, exp_avg, exp_avg_sq = _row_at(grads, i, rows)
         prefetch_bytes(param, grads.dim * tables.param_itemsize)
         prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
         prefetch_bytes(exp_avg_sq, grads.dim * tables.moment_itemsize)
@@ -542,7 +556,7 @@ def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-de
             _prefetch_grad(grads, k, pieces)
             _prefetch_row(grads, tables, k, rows, last)
         while i < last:
-            place, row = _row_at(grads, tables, i, rows), _key(grads, i) - rows.first_key
+            place, row = _row_at(grads, i, rows), _key(grads, i) - rows.first_key
             corrections = _corrections(tables.per_row, scalars, rows, row)
             address, stride = _grad_at(grads, i, pieces)
             run_end = _run_end(grads, i)
@@ -686,8 +700,11 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
             param.block_size(),
             reciprocal_of(param.block_size()),
             param.addresses_at(),
+            param.row_bytes,
             update.exp_avg.addresses_at(),
+            update.exp_avg.row_bytes,
             update.exp_avg_sq.addresses_at(),
+            update.exp_avg_sq.row_bytes,
         )
         key = id(update.hyper), t, pending.grad_scale, pending.mean
         place = known.get(key)

@@ -139,25 +139,27 @@ def _insert_absent(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-un
 
 
 @jit
-def _gather(part, begin, end, blocks, block_size, reciprocal, row_bytes, rows, target):  # type: ignore[no-untyped-def]
+def _gather(  # type: ignore[no-untyped-def]
+    part, begin, end, blocks, block_size, reciprocal, row_bytes, value_bytes, rows, target
+):
     for i in range(begin, end):
         if i + AHEAD < end and rows[i + AHEAD] >= 0:
             ahead = row_address(blocks, block_size, reciprocal, rows[i + AHEAD], row_bytes)
-            prefetch_bytes(ahead, row_bytes)
+            prefetch_bytes(ahead, value_bytes)
         if rows[i] >= 0:
             source = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
-            copy_bytes(target + i * row_bytes, source, row_bytes)
+            copy_bytes(target + i * value_bytes, source, value_bytes)
         else:
-            view(target + i * row_bytes, row_bytes, BYTE)[:] = 0
+            view(target + i * value_bytes, value_bytes, BYTE)[:] = 0
     return 0
 
 
 @jit
-def _scatter(blocks, block_size, reciprocal, row_bytes, rows, source):  # type: ignore[no-untyped-def]
+def _scatter(blocks, block_size, reciprocal, row_bytes, value_bytes, rows, source):  # type: ignore[no-untyped-def]
     for i in range(rows.size):
         if rows[i] >= 0:
             target = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
-            copy_bytes(target, source + i * row_bytes, row_bytes)
+            copy_bytes(target, source + i * value_bytes, value_bytes)
 
 
 def find(entries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -274,15 +276,16 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
         values [N, D] of the slot's dtype.
     """
     values = torch.empty(rows.numel(), slot.dim, dtype=slot.dtype, device="cpu")
-    row_bytes = slot.dim * slot.dtype.itemsize
+    value_bytes = slot.dim * slot.dtype.itemsize
     parallel_for(
         _gather,
         rows.numel(),
-        num_parts(rows.numel(), GRAIN * 64 // row_bytes),
+        num_parts(rows.numel(), GRAIN * 64 // value_bytes),
         slot.addresses(),
         slot.block_size(),
         reciprocal_of(slot.block_size()),
-        row_bytes,
+        slot.row_bytes,
+        value_bytes,
         array_of(rows),
         values.data_ptr(),
     )
@@ -302,6 +305,7 @@ def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
         slot.addresses(),
         slot.block_size(),
         reciprocal_of(slot.block_size()),
+        slot.row_bytes,
         slot.dim * slot.dtype.itemsize,
         array_of(rows),
         values.data_ptr(),

@@ -170,14 +170,13 @@ def _draw_(x, words, seed, plan, p, z, tails):  # type: ignore[no-untyped-def]
 
 @jit
 def _fill_rows(  # type: ignore[no-untyped-def]
-    part, begin, end, blocks, block_size, reciprocal, dim, rows, ids, seed, plan, item_bytes, tag
+    part, begin, end, blocks, block_size, reciprocal, row_bytes, dim, rows, ids, seed, plan, tag
 ):
     """Fill rows[begin:end] of the slot."""
     words = np.zeros(4 * TILE, dtype=np.uint32)
     x, p, z = np.empty(4 * TILE), np.empty(4 * TILE), np.empty(4 * TILE)
     tails = np.empty(4 * TILE + 1, dtype=np.int64)
     groups = (dim + 3) // 4  # counters per row
-    row_bytes = dim * item_bytes
     i, group = begin, 0
     while i < end:
         first, first_group, count = i, group, 0
@@ -231,11 +230,11 @@ def init_rows_(
         slot.addresses(),
         slot.block_size(),
         reciprocal_of(slot.block_size()),
+        slot.row_bytes,
         slot.dim,
         array_of(rows),
         array_of(ids),
         seed,
         distribution.plan(slot.dtype),
-        slot.dtype.itemsize,
         TAGS[slot.dtype],
     )

@@ -463,6 +463,9 @@ class _Table(NamedTuple):
     params: int
     exp_avgs: int
     exp_avg_sqs: int
+    param_bytes: int  # from a row to the next
+    exp_avg_bytes: int
+    exp_avg_sq_bytes: int
     dim: int
     work: int  # [parts, 3, dim] of the moments' type, if there is anything to replay
     param_itemsize: int
@@ -473,18 +476,18 @@ class _Table(NamedTuple):
 
 @inline
 def _param_at(table, row):  # type: ignore[no-untyped-def]
-    log, row_bytes = table.log, table.dim * table.param_itemsize
-    return _place(table.params, log.block_size, log.reciprocal, row, row_bytes)
+    log = table.log
+    return _place(table.params, log.block_size, log.reciprocal, row, table.param_bytes)
 
 
 @inline
 def _row_at(table, row):  # type: ignore[no-untyped-def]
     """Addresses of a row's weights, exp_avg and exp_avg_sq."""
-    log, row_bytes = table.log, table.dim * table.moment_itemsize
+    log = table.log
     return (
         _param_at(table, row),
-        _place(table.exp_avgs, log.block_size, log.reciprocal, row, row_bytes),
-        _place(table.exp_avg_sqs, log.block_size, log.reciprocal, row, row_bytes),
+        _place(table.exp_avgs, log.block_size, log.reciprocal, row, table.exp_avg_bytes),
+        _place(table.exp_avg_sqs, log.block_size, log.reciprocal, row, table.exp_avg_sq_bytes),
     )
 
 
@@ -696,6 +699,9 @@ def _table(lagging: Lagging, parts: int) -> tuple[_Table, list[Any]]:
         param.addresses_at(),
         lagging.exp_avg.addresses_at(),
         lagging.exp_avg_sq.addresses_at(),
+        param.row_bytes,
+        lagging.exp_avg.row_bytes,
+        lagging.exp_avg_sq.row_bytes,
         param.dim,
         work.ctypes.data,
         param.dtype.itemsize,

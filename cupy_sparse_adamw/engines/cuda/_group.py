@@ -103,7 +103,13 @@ def block_table(slot: Slot) -> torch.Tensor:
 
     Raises:
         RuntimeError: they are not there yet, and the stream is being captured.
+        ValueError: its rows have gaps between them, which kernels know nothing of.
     """
+    if slot.has_gaps:
+        raise ValueError(
+            f"slot {slot.name()!r}: the CUDA engine takes rows without gaps between them, these "
+            f"lie {slot.row_bytes} bytes apart; use tensor.contiguous()"
+        )
     if not slot.has_block_table() and _interop.is_capturing(slot.device):
         raise RuntimeError(
             "a table has grown or is new since the last step outside of CUDA graph capture; run "

@@ -18,3 +18,8 @@ def copy_to_host(tensor: torch.Tensor) -> HostCopy:
 def is_capturing(device: torch.device) -> bool:
     """Whether torch's current stream is being captured into a CUDA graph."""
     return _interop.is_capturing(device)
+
+
+def pairs_moments(device: torch.device) -> bool:
+    """Whether steps are quicker with rows of exp_avg and exp_avg_sq side by side: not known."""
+    return False  # nor do kernels take them
