@@ -119,11 +119,11 @@ def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
         require_number("beta2", betas[1], 0.0, 1.0, below_high=True),
         require_number("eps", group["eps"], 0.0),
         require_number("weight_decay", group["weight_decay"], 0.0),
-        require_bool("maximize", group.get("maximize", False)),
-        require_choice("eps_mode", group.get("eps_mode", "torch"), ("torch", "tf")),
+        require_bool("maximize", group["maximize"]),
+        require_choice("eps_mode", group["eps_mode"], ("torch", "tf")),
     )
-    untouched = require_choice("untouched", group.get("untouched", "skip"), UNTOUCHED)
-    per_row = require_choice("bias_correction", group.get("bias_correction", "table"), BIAS)
+    untouched = require_choice("untouched", group["untouched"], UNTOUCHED)
+    per_row = require_choice("bias_correction", group["bias_correction"], BIAS)
     if untouched != "skip":
         _require_can_catch_up(untouched, hyper)
         if untouched == "dense" and per_row == "row":

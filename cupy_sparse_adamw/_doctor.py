@@ -20,12 +20,15 @@ from ._types import (
     Distribution,
     DistributionKind,
     Hyperparams,
+    Kind,
+    Lagging,
     Pending,
     PendingGrad,
     RowIndex,
     Slot,
     Update,
 )
+from .missed_steps import MissedSteps, step_scalars
 
 #: A rate and a decay whose effect a 16-bit table can show, and an eps that underflows in float16.
 HYPER = Hyperparams(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
@@ -42,6 +45,9 @@ TOLERANCE = {
     torch.float16: (None, 1e-6),
     torch.bfloat16: (None, 1e-6),
 }
+
+#: What rows that missed steps get, and in which tables: "dense" is by rules, or step by step.
+UNTOUCHED = (("decay", torch.float32), ("dense", torch.float32), ("dense", torch.float64))
 
 
 class Case(NamedTuple):
@@ -74,8 +80,10 @@ class Speed(NamedTuple):
 
 def check(engine: str) -> list[str]:
     """What is wrong with an engine's results, one phrase each; nothing if they are right."""
-    updates = [problem for dtype in TOLERANCE for problem in check_update(engine, dtype)]
-    return updates + check_index(engine) + check_initial_rows(engine)
+    problems = [problem for dtype in TOLERANCE for problem in check_update(engine, dtype)]
+    for case in UNTOUCHED:
+        problems += check_untouched(engine, *case)
+    return problems + check_index(engine) + check_deletion(engine) + check_initial_rows(engine)
 
 
 def check_update(engine: str, dtype: torch.dtype) -> list[str]:
@@ -108,13 +116,20 @@ def check_update(engine: str, dtype: torch.dtype) -> list[str]:
         where = f"{name} of a {str(dtype).removeprefix('torch.')} table"
         if not torch.equal(x[45:], before[45:]):
             problems.append(f"{where} change where there is no gradient")
-        error, allowed = float((x - x64).abs().max() / x64.abs().max()), limits[name]
-        if allowed is None:
-            if not within_one_ulp(x, x64):
-                problems.append(f"{where} are more than one unit in the last place off")
-        elif not error <= allowed:  # NaN too
-            problems.append(f"{where} are off by {error:.1e}, allowed is {allowed:.0e}")
+        problems += too_far(where, x, x64, limits[name])
     return problems
+
+
+def too_far(where: str, x: torch.Tensor, x64: torch.Tensor, allowed: float | None) -> list[str]:
+    """What is wrong with ``x``, which should be ``x64``; see ``TOLERANCE``."""
+    if allowed is None:
+        if within_one_ulp(x, x64):
+            return []
+        return [f"{where} are more than one unit in the last place off"]
+    error = float((x - x64).abs().max() / x64.abs().max())
+    if error <= allowed:
+        return []
+    return [f"{where} are off by {error:.1e}, allowed is {allowed:.0e}"]  # NaN too
 
 
 def within_one_ulp(x: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -128,27 +143,38 @@ def updated(engine: str, case: Case) -> list[torch.Tensor]:
     """Weights and moments [R, D] after one update by an engine, on the CPU."""
     device, size = device_of(engine), case.param.shape[0]
     every_row = torch.arange(size, device=device)
-    slots = []
     with functional.use_engine(engine):
-        for values in case[:3]:
-            slot = Slot("doctor", values.shape[1], 16, values.dtype, device)
-            slot.reserve(1)  # the first block apart from the others
-            slot.reserve(size)
-            functional.scatter_(slot, every_row, values.to(device))
-            slots.append(slot)
+        slots = [slot_of(values, device) for values in case[:3]]
         t = torch.tensor(case.step - 1, device=device)
         step(slots, case.rows.to(device), case.grad.to(device), size, t)
         return [functional.gather(slot, every_row).cpu() for slot in slots]
 
 
+def slot_of(values: torch.Tensor, device: torch.device) -> Slot:
+    """A slot that holds ``values`` [R, D], by the engine in use."""
+    slot = Slot("doctor", values.shape[1], 16, values.dtype, device)
+    slot.reserve(1)  # the first block apart from the others
+    slot.reserve(values.shape[0])
+    functional.scatter_(slot, torch.arange(values.shape[0], device=device), values.to(device))
+    return slot
+
+
 def step(
-    slots: list[Slot], rows: torch.Tensor, grad: torch.Tensor, size: int, t: torch.Tensor
+    slots: list[Slot],
+    rows: torch.Tensor,
+    grad: torch.Tensor,
+    size: int,
+    t: torch.Tensor,
+    lagging: Lagging | None = None,
 ) -> None:
     """The step after ``t`` [] int64 of a table of ``size`` rows, on the engine in use."""
     param, exp_avg, exp_avg_sq = slots
     pending = Pending("doctor", param, size, [PendingGrad(rows, grad)])
-    segments = functional.segment([pending])
-    functional.prepare_sparse_adamw([Update(pending, exp_avg, exp_avg_sq, t, HYPER)], segments)()
+    update = Update(pending, exp_avg, exp_avg_sq, t, HYPER)
+    if lagging is not None:
+        pending.kind = Kind(lagging.untouched)
+        update.last_step, update.missed = lagging.last_step, lagging.missed
+    functional.prepare_sparse_adamw([update], functional.segment([pending]))()
 
 
 def torch_adamw(case: Case) -> list[torch.Tensor]:
@@ -168,19 +194,69 @@ def torch_adamw(case: Case) -> list[torch.Tensor]:
     return result
 
 
+def check_untouched(engine: str, untouched: str, dtype: torch.dtype) -> list[str]:
+    """Read rows that missed steps, update half of them, bring the others up to date.
+
+    All beside torch.optim.AdamW in float64 with zero gradients, or the decay alone.
+    """
+    draw = torch.Generator().manual_seed(0)
+    t, shape, moment_dtype = 30, (40, 33), MOMENT_DTYPE[dtype]
+    last_step = torch.tensor([10, 20, t - 1, t]).repeat(10)
+    values = [
+        torch.randn(shape, generator=draw).to(dtype),
+        torch.randn(shape, generator=draw).to(moment_dtype),
+        torch.rand(shape, generator=draw).to(moment_dtype),
+    ]
+    values[1][4:8] *= 1e-8  # here eps decides
+    values[2][4:8] *= 1e-16
+    touched, others = torch.arange(40).chunk(2)
+    grad = torch.randn(20, 33, generator=draw).to(dtype)
+
+    param, exp_avg, exp_avg_sq = (x.double() for x in values)
+    for j in range(int(last_step.min()) + 1, t + 1):
+        behind = (last_step < j).nonzero().flatten()
+        if untouched == "decay":
+            param[behind] *= 1 - HYPER.lr * HYPER.weight_decay
+        else:
+            zeros = param.new_zeros(len(behind), 33)
+            missing = Case(param, exp_avg, exp_avg_sq, behind, zeros, j)
+            param, exp_avg, exp_avg_sq = torch_adamw(missing)
+    exact = torch_adamw(Case(param, exp_avg, exp_avg_sq, touched, grad.double(), t + 1))
+
+    device = device_of(engine)
+    every_row = torch.arange(40, device=device)
+    with functional.use_engine(engine):
+        log = MissedSteps(untouched == "dense")
+        for j in range(1, t + 1):
+            log.reserve()
+            log.advance(step_scalars(HYPER, j))
+        slots = [slot_of(x, device) for x in values]
+        last = slot_of(last_step.int()[:, None], device)
+        lagging = Lagging(slots[0], slots[1], slots[2], last, log.on(device), log.kind(dtype))
+        read = functional.gather_current(lagging, every_row).cpu()
+        now = torch.tensor(t, device=device)
+        step(slots, touched.to(device), grad.to(device), 40, now, lagging)
+        functional.catch_up_(lagging, others.to(device))
+        after = [functional.gather(slot, every_row).cpu() for slot in slots]
+        steps = functional.gather(last, every_row).flatten().tolist()
+    where = f"in a {str(dtype).removeprefix('torch.')} table with untouched={untouched!r}"
+    limit, moment_limit = TOLERANCE[dtype]
+    problems = too_far(f"weights read {where}", read, param, limit)
+    names, limits = ("weights", "exp_avg", "exp_avg_sq"), (limit, moment_limit, moment_limit)
+    for name, x, x64, allowed in zip(names, after, exact, limits, strict=True):
+        problems += too_far(f"{name} {where}", x, x64, allowed)
+    if steps != [t + 1] * 20 + [t] * 20:
+        problems.append(f"steps of last updates {where} are wrong")
+    return problems
+
+
 def check_index(engine: str) -> list[str]:
     """Insert ids, some twice, into a hash table and find them; look at what their rows hold."""
     device = device_of(engine)
     ids = 2 * torch.randint(-300, 300, (1000,), generator=torch.Generator().manual_seed(0))
     ids[:4] = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
     absent = torch.tensor([1, 3, 5])
-    counters = torch.zeros(3, dtype=torch.int64, device=device)
-    entries = torch.full((2048, 2), MISSING, device=device)
-    index = RowIndex(entries, counters, counters.new_empty(0))
-    ids_by_row = Slot("doctor", 1, 16, torch.int64, device)
-    embedding = Slot("doctor", 33, 16, torch.float32, device)
-    for slot in (ids_by_row, embedding):
-        slot.reserve(ids.numel())
+    index, ids_by_row, embedding = empty_index(device)
     with functional.use_engine(engine):
         inserted = functional.find_or_insert_(
             index, ids.to(device), ids_by_row, embedding, SEED, NORMAL
@@ -190,7 +266,8 @@ def check_index(engine: str) -> list[str]:
         values = functional.gather(embedding, inserted).cpu()
     rows, problems = inserted.cpu(), []
     pairs, count = set(zip(ids.tolist(), rows.tolist(), strict=True)), ids.unique().numel()
-    if sorted(row for _, row in pairs) != list(range(count)) or counters.tolist() != [count, 0, 0]:
+    counters = index.counters.tolist()
+    if sorted(row for _, row in pairs) != list(range(count)) or counters != [count, 0, 0]:
         problems.append("the hash table does not give each id a row of its own")
     if not torch.equal(found, torch.cat([rows, torch.full_like(absent, MISSING)])):
         problems.append("the hash table does not find what it holds")
@@ -198,6 +275,46 @@ def check_index(engine: str) -> list[str]:
         problems.append("the hash table notes other ids")
     if not near(values, initial_rows("reference", ids)):
         problems.append("rows of new ids do not hold their initial values")
+    return problems
+
+
+def empty_index(device: torch.device) -> tuple[RowIndex, Slot, Slot]:
+    """An index, and slots for ids and embeddings: with more room than rows, as engines may err."""
+    counters = torch.zeros(3, dtype=torch.int64, device=device)
+    entries = torch.full((2048, 2), MISSING, device=device)
+    free_rows = torch.empty(2048, dtype=torch.int64, device=device)
+    ids_by_row = Slot("doctor", 1, 16, torch.int64, device)
+    embedding = Slot("doctor", 33, 16, torch.float32, device)
+    for slot in (ids_by_row, embedding):
+        slot.reserve(2048)
+    return RowIndex(entries, counters, free_rows), ids_by_row, embedding
+
+
+def check_deletion(engine: str) -> list[str]:
+    """Take ids out of a hash table, some named twice; the next new ids must get their rows."""
+    device = device_of(engine)
+    ids, new_ids = torch.arange(600), torch.arange(1000, 1100)
+    gone = torch.cat([ids[::6], ids[:60:6], torch.tensor([-5])])
+    index, ids_by_row, embedding = empty_index(device)
+
+    def insert(ids: torch.Tensor) -> torch.Tensor:
+        return functional.find_or_insert_(
+            index, ids.to(device), ids_by_row, embedding, SEED, NORMAL
+        ).cpu()
+
+    with functional.use_engine(engine):
+        rows = insert(ids)
+        freed = functional.delete_(index, gone.to(device)).cpu()
+        found = functional.find(index.entries, ids.to(device)).cpu()
+        reused = insert(new_ids)
+    is_gone, problems = torch.isin(ids, gone), []
+    its_rows = sorted(rows[is_gone].tolist())
+    if sorted(freed[freed != MISSING].tolist()) != its_rows:
+        problems.append("deleting ids does not free each of their rows once")
+    if not torch.equal(found, torch.where(is_gone, MISSING, rows)):
+        problems.append("the hash table finds what was deleted, or loses what was not")
+    if sorted(reused.tolist()) != its_rows or index.counters.tolist() != [ids.numel(), 0, 0]:
+        problems.append("new ids do not get the rows of deleted ones")
     return problems
 
 

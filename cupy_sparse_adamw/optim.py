@@ -12,7 +12,7 @@ from ._checks import lr_error, require_betas, require_hyperparams, require_int, 
 from ._locks import Held
 from ._types import SKIP, Hyperparams, Kind, Pending, RowReport, Update
 from .missed_steps import MissedSteps
-from .optimizer_state import build_state, export_state, require_no_amsgrad
+from .optimizer_state import DEFAULTS, build_state, export_state, require_no_amsgrad
 from .tables import Table, as_table, bring_up_to_date, claim, num_claims, require_owned
 from .untouched import (
     hook_module,
@@ -37,7 +37,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     Args:
         param_dict: name -> table; may be empty.
-        defaults: ``lr``, ``betas``, ``eps``, ``weight_decay`` of groups that do not set them.
+        defaults: ``lr``, ``betas``, ``eps``, ``weight_decay`` of groups that do not set them; other
+            settings of SparseAdamW, where they are not to be its defaults.
     """
 
     def __init__(self, param_dict: Mapping[str, Any], defaults: dict[str, Any]) -> None:
@@ -46,6 +47,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"param_dict must be a dict of name -> table, got {type(param_dict).__name__}; use "
                 f"filter_out_sparse_param(model)"
             )
+        defaults = {**DEFAULTS, **defaults}
         require_hyperparams(defaults)
         self._tables: dict[str, Table] = {}
         self._grad_accum_steps = 1
@@ -239,7 +241,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _update(self, last: bool) -> None:
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
         # What follows asks each of hundreds of tables only if some may lag.
-        may_lag = any(group.get("untouched", "skip") != "skip" for group in self.param_groups)
+        may_lag = any(group["untouched"] != "skip" for group in self.param_groups)
         if may_lag:
             make_room(self._tables.values())
         tables, grads, hypers, groups = [], [], [], []
@@ -312,8 +314,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: "untouched" or "bias_correction" of its group was changed.
         """
-        untouched = group.get("untouched", "skip")
-        per_row = group.get("bias_correction", "table") == "row"
+        untouched, per_row = group["untouched"], group["bias_correction"] == "row"
         if untouched == table.untouched == "skip" and not (per_row or table.counts_rows):
             return SKIP
         if per_row != table.counts_rows:

@@ -11,7 +11,7 @@ import torch
 from ._checks import require_hyperparams, require_int
 from .missed_steps import MissedSteps
 
-#: Settings that a param group, or a saved one, may lack.
+#: Settings that an optimizer's defaults, or a saved param group, may lack.
 DEFAULTS: Mapping[str, Any] = {
     "untouched": "skip",
     "bias_correction": "table",
@@ -178,20 +178,18 @@ def _require_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
         )
     groups = []
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        merged = {**copy.deepcopy(saved_group), "params": group["params"]}
+        # What was saved before there was such a setting had the default.
+        merged = {**DEFAULTS, **copy.deepcopy(saved_group), "params": group["params"]}
         for key in ("lr", "betas", "eps", "weight_decay"):
             if key not in merged:
                 raise ValueError(f"a saved param group has no {key!r}")
-        for key, default in DEFAULTS.items():
-            if key in group:  # what was saved before there was such a setting had the default
-                merged.setdefault(key, default)
         require_hyperparams(merged)
         require_no_amsgrad(merged.get("amsgrad", False))
         for key in ("untouched", "bias_correction"):
-            if merged.get(key) != group.get(key):
+            if merged[key] != group[key]:
                 raise ValueError(
-                    f"the saved state was made with {key}={merged.get(key)!r}, this optimizer "
-                    f"with {key}={group.get(key)!r}; make it alike, or change the saved "
+                    f"the saved state was made with {key}={merged[key]!r}, this optimizer "
+                    f"with {key}={group[key]!r}; make it alike, or change the saved "
                     f"param_groups to go on otherwise"
                 )
         merged["betas"] = tuple(merged["betas"])

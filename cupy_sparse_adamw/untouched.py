@@ -22,11 +22,11 @@ def require_keeps(name: str, table: Table, group: Mapping[str, Any]) -> None:
         TypeError: a weight was given without its module, or a table of RecIS.
         ValueError: the module writes to its weight (``max_norm``).
     """
-    untouched = group.get("untouched", "skip")
-    if not table.keeps_steps and (untouched != "skip" or group.get("bias_correction") == "row"):
+    untouched, bias_correction = group["untouched"], group["bias_correction"]
+    if not table.keeps_steps and (untouched != "skip" or bias_correction == "row"):
         raise TypeError(
             f"{name}: {type(table).__name__} keeps no step for each row, which "
-            f"untouched={untouched!r} with bias_correction={group.get('bias_correction')!r} needs; "
+            f"untouched={untouched!r} with bias_correction={bias_correction!r} needs; "
             f"use a HashTable of this package, or untouched='skip' and bias_correction='table'"
         )
     if untouched == "skip":
@@ -61,8 +61,8 @@ def leave_former(table: Table) -> None:
 
 def take_over(table: Table, group: Mapping[str, Any]) -> None:
     """Prepare a table for a new owner, after ``leave_former``."""
-    table.untouched = group.get("untouched", "skip")
-    table.counts_rows = group.get("bias_correction", "table") == "row"
+    table.untouched = group["untouched"]
+    table.counts_rows = group["bias_correction"] == "row"
     if isinstance(table, EmbeddingTable) and (former := table_behind(table.weight)) is not None:
         former.leave()
     hook_module(table)

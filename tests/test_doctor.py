@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -141,6 +142,55 @@ def gives_nan(updates, segments, right=cpu.prepare_sparse_adamw):
     return and_nan
 
 
+def reads_as_it_lies(lagging, rows):
+    return cpu.gather(lagging.param, rows)
+
+
+def stops_replays_too_early(lagging, rows, right=cpu.gather_current):
+    if lagging.untouched == "replay":
+        missed = dataclasses.replace(lagging.missed, window=5)
+        lagging = dataclasses.replace(lagging, missed=missed)
+    return right(lagging, rows)
+
+
+def forgets_what_was_missed(updates, segments, right=cpu.prepare_sparse_adamw):
+    for update in updates:
+        if update.missed is not None:
+            update.last_step.fill(update.missed.t)
+    return right(updates, segments)
+
+
+def leaves_moments(lagging, rows, right=cpu.catch_up_):
+    moments = [(slot, cpu.gather(slot, rows)) for slot in (lagging.exp_avg, lagging.exp_avg_sq)]
+    right(lagging, rows)
+    for slot, values in moments:
+        cpu.scatter_(slot, rows, values)
+
+
+def does_not_note_it(lagging, rows, right=cpu.catch_up_):
+    last_step = cpu.gather(lagging.last_step, rows)
+    right(lagging, rows)
+    cpu.scatter_(lagging.last_step, rows, last_step)
+
+
+def frees_twice(index, ids, right=cpu.delete_):
+    rows = right(index, ids)
+    return torch.where(ids == ids[-2], rows[ids == ids[-2]].max(), rows)
+
+
+def takes_nothing_out(index, ids, right=cpu.delete_):
+    entries = index.entries.clone()
+    rows = right(index, ids)
+    index.entries.copy_(entries)
+    return rows
+
+
+def keeps_no_free_rows(index, ids, right=cpu.delete_):
+    rows = right(index, ids)
+    index.counters[1] = 0
+    return rows
+
+
 def inserts_twice(index, ids, *args, right=cpu.find_or_insert_):
     right(index, ids, *args)
     index.entries.fill_(-1)
@@ -184,6 +234,38 @@ def depends_on_neighbours(slot, rows, ids, seed, distribution, right=cpu.init_ro
         ("prepare_sparse_adamw", eps_in_float16, "weights of a float32 table are off by nan"),
         ("prepare_sparse_adamw", gives_nan, "exp_avg_sq of a float32 table are off by nan"),
         (
+            "gather_current",
+            reads_as_it_lies,
+            "weights read in a float32 table with untouched='decay' are off by",
+        ),
+        (
+            "gather_current",
+            stops_replays_too_early,
+            "weights read in a float64 table with untouched='dense' are off by",
+        ),
+        (
+            "prepare_sparse_adamw",
+            forgets_what_was_missed,
+            "weights in a float32 table with untouched='dense' are off by",
+        ),
+        (
+            "catch_up_",
+            leaves_moments,
+            "exp_avg_sq in a float32 table with untouched='dense' are off by",
+        ),
+        (
+            "catch_up_",
+            does_not_note_it,
+            "steps of last updates in a float32 table with untouched='decay' are wrong",
+        ),
+        ("delete_", frees_twice, "deleting ids does not free each of their rows once"),
+        (
+            "delete_",
+            takes_nothing_out,
+            "the hash table finds what was deleted, or loses what was not",
+        ),
+        ("delete_", keeps_no_free_rows, "new ids do not get the rows of deleted ones"),
+        (
             "find_or_insert_",
             inserts_twice,
             "the hash table does not give each id a row of its own",
@@ -195,14 +277,19 @@ def depends_on_neighbours(slot, rows, ids, seed, distribution, right=cpu.init_ro
         ("init_rows_", depends_on_neighbours, "an initial row depends on the ids beside it"),
     ],
 )
-@pytest.mark.usefixtures("quick")
-def test_a_broken_engine_is_found(monkeypatch, capsys, operation, broken, complaint):
+def test_a_broken_engine_is_found(monkeypatch, operation, broken, complaint):
     monkeypatch.setattr(cpu, operation, broken)
+    assert complaint in "; ".join(_doctor.check("cpu"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_broken_engine_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "prepare_sparse_adamw", wrong_decay)
     assert doctor.main(SMALL) == 1
     out = capsys.readouterr().out
     answer = " ".join(out[out.index("\ncpu  ") : out.index("\ncuda ")].split())
-    assert answer.startswith("cpu FAILS: wrong results: ")
-    assert complaint in answer
+    assert answer.startswith("cpu FAILS: wrong results: weights of a float32 table are off by ")
+    assert "; weights in a float32 table with untouched='dense' are off by " in answer
     assert "\nreference  works: " in out
     assert out.endswith("FAILED: cpu should work here; see the answers above.\n")
 

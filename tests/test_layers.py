@@ -68,7 +68,7 @@ ALLOWED = {
     | {"checkpoint.files", "checkpoint.index", "checkpoint.tables", "checkpoint.plain_state"}
     | {"tables", "embedding_table", "hash_table", "optim", "optimizer_state", "row_store"}
     | {"missed_steps"},
-    "_doctor": LEAVES | {"functional"},
+    "_doctor": LEAVES | {"functional", "missed_steps"},
     "__init__": ANYTHING,
     "__main__": ANYTHING,
 }

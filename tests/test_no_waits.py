@@ -21,6 +21,7 @@ from cupy_sparse_adamw import (
     row_store,
 )
 from cupy_sparse_adamw._checks import require_hyperparams, row_error
+from cupy_sparse_adamw.optimizer_state import DEFAULTS
 from cupy_sparse_adamw.row_bound import RowBound
 from cupy_sparse_adamw.row_store import FoundRows
 
@@ -306,7 +307,7 @@ def test_t_follows_a_table_to_another_device():
 
 
 def test_an_lr_on_the_cpu_is_checked_and_handed_on():
-    group = {"betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0}
+    group = {**DEFAULTS, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0}
     lr = torch.tensor([0.25], requires_grad=True)
     found = require_hyperparams({**group, "lr": lr}).lr
     assert found.data_ptr() == lr.data_ptr()
@@ -318,7 +319,7 @@ def test_an_lr_on_the_cpu_is_checked_and_handed_on():
 
 
 def test_an_lr_elsewhere_is_not_read():
-    group = {"betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0}
+    group = {**DEFAULTS, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.0}
     lr = torch.empty((), device="meta")  # reading it raises
     assert require_hyperparams({**group, "lr": lr}).lr.device.type == "meta"
     with pytest.raises(TypeError, match="lr must be a number, got tensor"):

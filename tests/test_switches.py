@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import Oracle, relative_error
 
-from cupy_sparse_adamw import HashTable, SparseAdamW
+from cupy_sparse_adamw import HashTable, SparseAdamW, SparseOptimizer, functional
 
 ROWS, DIM = 12, 3
 
@@ -225,3 +225,20 @@ def test_a_state_of_before_the_switches_loads():
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["eps_mode"] == "torch"
     assert optimizer.state_dict()["param_groups"][0]["untouched"] == "skip"
+
+
+def test_an_optimizer_that_has_no_switches_has_their_defaults():
+    class Plain(SparseOptimizer):
+        def _prepare_updates(self, updates, segments):
+            return functional.prepare_sparse_adamw(updates, segments)
+
+    ours, plain = (hash_table(initial(), torch.float32) for _ in range(2))
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    for table, optimizer in (
+        (ours, SparseAdamW({"t": ours})),
+        (plain, Plain({"t": plain}, settings)),
+    ):
+        train(table, optimizer, batches(3))
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(table, optimizer, batches(3))
+    assert torch.equal(values(ours), values(plain))
