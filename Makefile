@@ -51,7 +51,8 @@ test: $(VENV)/test.installed ## run all tests; ends with what was skipped
 
 soak: $(VENV)/test.installed ## the campaigns of docs/reliability.md in full, of which test runs a tenth
 	SOAK=1 $(PY) -m pytest -s tests/test_soak_checkpoints.py tests/test_programs.py \
-		tests/test_allocation.py tests/test_interruptions.py tests/test_threads.py $(ARGS)
+		tests/test_allocation.py tests/test_interruptions.py tests/test_checkpoint_operations.py \
+		tests/test_threads.py tests/test_forks.py $(ARGS)
 
 lint: $(VENV)/lint.installed ## ruff, mypy and clang-format; changes nothing
 	$(PY) -m ruff check

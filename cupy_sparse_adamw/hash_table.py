@@ -22,7 +22,7 @@ from .hooks import (
 )
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrads
-from .policies import ReadOnlyHookImpl
+from .policies import WHOLE_UPDATES, ReadOnlyHookImpl
 from .row_store import EMBEDDING, OPTIMIZER_SLOTS, FoundRows, RowStore, SlotGroup
 from .row_table import RowTable
 from .slices import Slice, gen_slice
@@ -281,7 +281,11 @@ class HashTable(torch.nn.Module, RowTable):
         with functional.uninterrupted(), store.all_or_nothing() as undo:
             rows = self._selected(ids, admit, undo)
             if filters is not None:
+                if type(filters).update not in WHOLE_UPDATES:
+                    undo.append(self._uses_of(rows))
                 filters(rows)
+        if admit is not None:
+            admit.settle()
         return rows
 
     def _selected(
@@ -296,13 +300,15 @@ class HashTable(torch.nn.Module, RowTable):
         # Hooks must see the new ids first: this waits for the device.
         store.require_no_capture()
         rows = store.find(ids)
-        new, counts = ids[rows == MISSING].unique(return_counts=True)
-        if new.numel() and admit is not None:
-            mask = admit.admit(new, counts)
-            undo.append(admit.take_back)
-            new = new[require_mask(admit, mask, new.numel())]
+        new = ids[rows == MISSING]
         if not new.numel():
             return rows
+        new, counts = new.unique(return_counts=True)
+        if admit is not None:
+            undo.append(admit.take_back)
+            new = new[require_mask(admit, admit.admit(new, counts), new.numel())]
+            if not new.numel():
+                return rows
         if filters is not None:
             filters.make_room(new.numel(), rows)
         store.find_or_insert(new)

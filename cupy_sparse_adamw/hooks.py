@@ -109,7 +109,10 @@ class BaseAdmitHookImpl(torch.nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define admit()")
 
     def take_back(self) -> None:
-        """The lookup that ``admit`` was last asked for has failed: forget what it counted."""
+        """The lookup has failed, maybe in ``admit``: forget what that counted."""
+
+    def settle(self) -> None:
+        """The lookup is done: nothing will be taken back."""
 
 
 class BaseFilterHookImpl(torch.nn.Module):

@@ -56,21 +56,10 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
         width, depth = require_int("width", width, 1), require_int("depth", depth, 1)
         self.register_buffer("counts", torch.zeros(depth, width, dtype=torch.int32))
         self.register_buffer("sightings", torch.zeros((), dtype=torch.int64))
-        self._undo: list[Callable[[], Any]] = []  # the last ``admit``; from the end
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": []}
+        self._undo: list[Callable[[], Any]] = []  # what ``admit`` did; from the end
 
     def admit(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Those that have now been seen ``min_frequency`` times."""
-        self._undo = []
-        try:
-            return self._admit(ids, counts)
-        except BaseException:
-            self.take_back()
-            raise
-
-    def _admit(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         depth, width = self.counts.shape
         places = torch.stack([_mixed(ids, line) % width for line in range(depth)])
         seen = counts.to(torch.int32)
@@ -94,6 +83,10 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+    def settle(self) -> None:
+        """Forget how to."""
+        self._undo.clear()
 
 
 def _mixed(ids: torch.Tensor, line: int) -> torch.Tensor:
@@ -229,6 +222,14 @@ class LFUFilterHookImpl(_Eviction):
         before = functional.gather(self._ht.get_slot(self._name), rows)
         self._ht.update_slot(self._name, rows, before + counts[:, None])
 
+
+#: ``update`` methods that have changed nothing if they raise: lookups copy nothing before these.
+WHOLE_UPDATES = (
+    BaseFilterHookImpl.update,
+    GlobalStepFilterHookImpl.update,
+    LRUFilterHookImpl.update,
+    LFUFilterHookImpl.update,
+)
 
 _factory = HashtableHookFactory()
 _factory.regist_admit("ReadOnly", ReadOnlyHookImpl)

@@ -8,8 +8,6 @@ MemoryError and with RuntimeError, which is what torch raises; else a part of th
 
 from __future__ import annotations
 
-import copy
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from operations import CASES, SOAK
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupy_sparse_adamw
-from cupy_sparse_adamw import (
-    BaseFilterHookImpl,
-    FilterHook,
-    HashTable,
-    HashtableHookFactory,
-    NormalInitializer,
-    SparseAdamW,
-    functional,
-)
 
 PACKAGE = str(Path(cupy_sparse_adamw.__file__).parent)
 
@@ -92,104 +80,3 @@ def test_an_allocation_that_fails_leaves_all_as_before_or_after(engine, name):
         at_most = 10_000 if engine == "cpu" else 12  # the reference takes memory for each row
     failures = CASES[name].run(Shortage, [MemoryError, RuntimeError], at_most)
     print(f"{engine}, {name}: {failures} failures")
-
-
-class Uses(BaseFilterHookImpl):
-    """A policy of a user's: counts uses, and fails when it has."""
-
-    def __init__(self, ht, name="uses"):
-        super().__init__(ht, name)
-        self.fails = False
-        ht.append_filter_slot(name, torch.int64, 1)
-
-    def update(self, index):
-        slot = self._ht.get_slot(self._name)
-        self._ht.update_slot(self._name, index, functional.gather(slot, index) + 1)
-        if self.fails:
-            raise RuntimeError("failed")
-
-
-def test_rows_that_a_failed_lookup_had_taken_are_as_new(engine, monkeypatch):
-    """Three of them fresh, two used before: nothing of what was noted of them stays."""
-    monkeypatch.setitem(HashtableHookFactory()._filters, "Uses", Uses)
-    device = torch.get_default_device()
-    table = HashTable([2], 4, device=device, filter_hook=FilterHook("Uses"))
-    optimizer = SparseAdamW({"t": table})
-    table(torch.arange(5)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    table.delete(torch.tensor([1, 3]))
-    table._filter_hook_impl.fails = True
-    new = torch.arange(10, 15)
-    with pytest.raises(RuntimeError, match="failed"):
-        table(new)
-    pickle.dumps(table)  # and with it how to put back what was there
-    assert sorted(table.ids().tolist()) == [0, 2, 4]
-    table._filter_hook_impl.fails = False
-    table(new)
-    state = optimizer.state_dict()["state"]["t"]
-    is_new = table.ids() >= 10
-    assert is_new.sum() == 5
-    assert (table.state_dict()["uses"] == 1).all()
-    assert not state["exp_avg"][is_new].any()
-    assert (state["exp_avg"][~is_new] != 0).all()
-
-
-@pytest.mark.parametrize("look", ["state_dict", "flush", "double", "new owner", "clear", "lookup"])
-def test_whoever_looks_first_finds_a_lookup_undone(monkeypatch, look):
-    """A lookup that had let rows go, which were behind, fails: they are back, for everybody."""
-    table = HashTable(
-        [3],
-        4,
-        initializer=NormalInitializer(std=1.0),
-        filter_hook=FilterHook("LRU", {"max_rows": 12}),
-    )
-    optimizer = SparseAdamW({"t": table}, lr=0.1, untouched="dense")
-    for first in (0, 3, 6, 9):
-        table(torch.arange(first, first + 3)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ids = table.ids()
-    assert ids.tolist() == list(range(12))
-    before = optimizer.caught_up("t", ids)
-    moments = copy.deepcopy(optimizer).state_dict()["state"]["t"]["exp_avg"]
-    insert = functional.find_or_insert_
-
-    def fails(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(functional, "find_or_insert_", fails)
-    with pytest.raises(MemoryError):
-        table(torch.arange(100, 104))
-    monkeypatch.setattr(functional, "find_or_insert_", insert)
-    if look == "flush":
-        optimizer.flush()
-    elif look == "double":
-        table.double()
-    elif look == "new owner":
-        optimizer = SparseAdamW({"t": table}, untouched="dense")
-    elif look == "clear":
-        table.clear()
-        assert len(table) == 0
-        return
-    elif look == "lookup":
-        table(ids)
-    state = table.state_dict()
-    order = state["ids"].argsort()
-    assert state["ids"][order].tolist() == ids.tolist()
-    assert torch.allclose(state["embedding"][order].float(), before, rtol=1e-5, atol=1e-6)
-    if look != "new owner":
-        saved = optimizer.state_dict()["state"]["t"]
-        order = saved["ids"].argsort()
-        assert torch.allclose(saved["exp_avg"][order].float(), moments, rtol=1e-5, atol=1e-7)
-
-
-def test_a_hook_cannot_clear_the_table_it_makes_room_in(monkeypatch):
-    table = HashTable([3], filter_hook=FilterHook("LRU", {"max_rows": 4}))
-    table(torch.arange(4))
-    monkeypatch.setattr(
-        type(table._filter_hook_impl), "make_room", lambda hook, *args: table.clear()
-    )
-    with pytest.raises(RuntimeError, match=r"by a hook that makes room in it.*table\.delete"):
-        table(torch.arange(4, 8))
-    assert len(table) == 4

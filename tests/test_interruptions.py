@@ -9,14 +9,29 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import random
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from operations import CASES, SOAK
+from operations import (
+    CASES,
+    LRU,
+    SEEN_TWICE,
+    SOAK,
+    World,
+    behind,
+    crowded,
+    ids_from,
+    later,
+    many,
+    train,
+)
 from oracle import bits
 
 import cupy_sparse_adamw
@@ -131,6 +146,55 @@ def test_an_exception_in_a_closure_changes_nothing():
         its.step()
         its.step()
     assert equal(contents(tables, optimizer), contents(twins, twin))
+
+
+#: What closures are made of.
+PARTS: list[Callable[[World], object]] = [
+    lambda world: train(world, ids_from(2, 14)),
+    lambda world: train(world, ids_from(10, 22), ids_from(20, 23)),
+    lambda world: world.optimizer.zero_grad(),
+    lambda world: [table.delete(ids_from(4, 12)) for table in world.tables.values()],
+    lambda world: [
+        table.insert(ids_from(3, 6), torch.ones(3, *table.embedding_shape, dtype=table.dtype))
+        for table in world.tables.values()
+    ],
+    lambda world: world.optimizer.state_dict(),
+]
+STATES = [many, later, behind("decay"), behind("dense"), crowded(**LRU), crowded(**SEEN_TWICE)]
+
+
+def test_closures_that_raise():
+    """A step whose closure raises does what the closure had done till then, and nothing else."""
+    begin, raised, updates = time.monotonic(), 0, 0
+    for number in range(500 if SOAK else 50):
+        choice = random.Random(number)
+        make = choice.choice(STATES)
+        world, twin = make(), make()
+        for _ in range(4):
+            parts = choice.choices(PARTS, k=choice.randint(1, 4))
+            stop = choice.choice([None, *range(len(parts) + 1)])
+            error = choice.choice([ValueError, MemoryError, KeyboardInterrupt])
+
+            def closure(parts=parts, stop=stop, error=error, world=world) -> float:
+                for part in parts[:stop]:
+                    part(world)
+                if stop is not None:
+                    raise error("in the closure")
+                return 0.5
+
+            for part in parts[:stop]:
+                part(twin)
+            if stop is None:
+                assert world.optimizer.step(closure) == 0.5
+                twin.optimizer.step()
+                updates += 1
+            else:
+                with pytest.raises(error, match="in the closure"):
+                    world.optimizer.step(closure)
+                raised += 1
+            assert torch.is_grad_enabled()
+            assert world.snapshot() == twin.snapshot(), (number, error)
+    print(f"closures: {raised} raised, {updates} others, {time.monotonic() - begin:.1f} s")
 
 
 @functools.cache

@@ -32,7 +32,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 SHARE = 1 if os.environ.get("SOAK") else 10
-PROGRAMS = {"cpu": 5000 // SHARE, "emulated": 500 // SHARE}
+PROGRAMS = 5000 // SHARE
 
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS = 0.1, 0.01, 0.9, 0.999, 1e-8
 SKETCH = 1024  # counters in a line: too many for the few ids of a program to share all of theirs
@@ -396,7 +396,7 @@ def test_a_table_under_its_optimizer_is_a_dict_of_rows(engine):
     """Lookups, gradients, steps, insertions, deletions, evictions, saves and loads in any order."""
 
     @hypothesis.settings(
-        max_examples=PROGRAMS[engine],
+        max_examples=PROGRAMS,
         deadline=None,
         derandomize=True,
         database=None,

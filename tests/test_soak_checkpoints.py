@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,9 @@ import pytest
 import torch
 from checkpoint_runs import Training
 from test_checkpoint_faults import Victim, rewrite, saved  # noqa: F401
+from test_state import differences
+
+from cupy_sparse_adamw import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARE = 1 if os.environ.get("SOAK") == "1" else 10
@@ -54,6 +63,92 @@ def test_mutants(tmp_path):
     assert seen["damaged, refused with CheckpointError"] > 0.3 * told["mutants"]
     assert seen["forged, refused with CheckpointError"] > 0.1 * told["mutants"]
     assert seen["forged, loaded: what the checkpoint says"] > 0.01 * told["mutants"]
+
+
+# ---------------------------------------------------------------------- disks that fail
+
+
+class Disk:
+    """Fails at one system call of a save: a full one from there on, else only there."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, error: int) -> None:
+        self.at, self.error, self.count, self.failed = at, error, 0, ""
+        for name in ("open", "mkdir", "write", "fsync", "rename"):
+            patch.setattr(os, name, functools.partial(self.call, name, getattr(os, name)))
+
+    def call(self, name: str, real: Any, *args: Any, **options: Any) -> Any:
+        if "dir_fd" in options:  # shutil, which removes something
+            return real(*args, **options)
+        self.count += 1
+        is_first = self.count == self.at
+        if is_first:
+            self.failed = name
+            if name == "write":
+                real(args[0], args[1][: len(args[1]) // 2])
+        if is_first or (self.failed and self.error == errno.ENOSPC):
+            raise OSError(self.error, os.strerror(self.error))
+        return real(*args, **options)
+
+
+#: By what is there before, and how is saved.
+SAVES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "the first": (False, {}),
+    "a full one": (True, {}),
+    "an increment": (True, {"incremental": True}),
+    "a full one, one kept": (True, {"keep": 1}),
+}
+
+
+def test_disks_that_fail(tmp_path, saved, monkeypatch):  # noqa: F811
+    """An error that names a file, what was there as it was, memory as it was; then a save works."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # nobody pulls the plug here
+    begin, root = time.monotonic(), tmp_path / "run"
+    before, failed, outcomes = None, Counter(), Counter()
+    kinds = itertools.product(SAVES.values(), (errno.ENOSPC, errno.EIO))
+    for number, ((has_some, options), error) in enumerate(kinds):
+        for at in itertools.count(1 + number % SHARE, SHARE):
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(saved, root)
+            run = Training().load(checkpoint.latest(root)).play(7, 9)
+            before = before or run.state()
+            if not has_some:
+                shutil.rmtree(root)
+            there = {path: path.read_bytes() for path in root.glob("step-*/*")}
+            with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                disk, caught = Disk(patch, at, error), None
+                try:
+                    run.save(root, 9, **options)
+                except OSError as raised:
+                    caught = raised
+            if not disk.failed:
+                break
+            failed[disk.failed] += 1
+            is_saved = (root / "step-0000000009").exists()
+            if caught is not None:
+                assert caught.errno == error
+                assert str(root) in str(caught.filename), caught
+                outcomes["refused, though it is there" if is_saved else "refused"] += 1
+            else:
+                assert is_saved
+                outcomes["an old one stays" if warned else "saved"] += 1
+            assert len(warned) == (caught is None and "keep" in options and disk.failed == "rename")
+            if caught is not None:
+                assert {path: path.read_bytes() for path in there} == there
+            for path in root.glob("step-*"):  # no increment without its base
+                Training().load(path)
+            assert not list(root.glob(".saving*"))
+            assert differences(run.state(), before) == []
+            if is_saved:
+                twin = Training(seed=2).load(checkpoint.latest(root))
+                assert differences(twin.state(), before) == []
+            path = run.save(root, 10 if is_saved else 9, **options)
+            assert differences(Training(seed=2).load(path).state(), before) == []
+    seconds = time.monotonic() - begin
+    print(f"\ndisks: {dict(failed)} failed, {dict(outcomes)}, {seconds:.1f} s")
+    assert sum(failed.values()) > 200 / SHARE
+    assert outcomes["refused"] > 0.8 * sum(failed.values())
 
 
 # ---------------------------------------------------------------------- what they found

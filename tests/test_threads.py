@@ -1,22 +1,20 @@
-"""Threads that share a table, and processes that are forked beside a live one."""
+"""Threads that share a table."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from oracle import bits
-from torch.utils.data import DataLoader, Dataset
 
 from cupy_sparse_adamw import FilterHook, HashTable, NormalInitializer, SparseAdamW, checkpoint
 from cupy_sparse_adamw._locks import Held, give_lock
@@ -24,15 +22,9 @@ from cupy_sparse_adamw._locks import Held, give_lock
 SOAK = bool(os.environ.get("SOAK"))
 SECONDS = 20.0 if SOAK else 1.5
 
-forks = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork"
-)
-# Since Python 3.12 a fork beside threads is warned of: that is what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
-def _often() -> Iterator[None]:
+def often() -> Iterator[None]:
     """Let threads take turns after microseconds instead of 5 ms."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -43,12 +35,13 @@ def _often() -> Iterator[None]:
 @contextlib.contextmanager
 def beside(*functions: Callable[[], None]) -> Iterator[None]:
     """Call each function over and over in a thread of its own; raise what they raised."""
-    over, errors = threading.Event(), []
+    over, errors, calls, begin = threading.Event(), [], Counter(), time.monotonic()
 
     def run(function: Callable[[], None]) -> None:
         try:
             while not over.is_set():
                 function()
+                calls[function] += 1
         except BaseException as error:
             errors.append(error)
 
@@ -64,6 +57,7 @@ def beside(*functions: Callable[[], None]) -> Iterator[None]:
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     if errors:
         raise errors[0]
+    tell(f"{[calls[x] for x in functions]} calls in threads", begin)
 
 
 def until(seconds: float) -> Iterator[int]:
@@ -71,6 +65,13 @@ def until(seconds: float) -> Iterator[int]:
     while time.monotonic() < end:
         yield number
         number += 1
+    tell(f"{number} rounds beside them", end - seconds)
+
+
+def tell(what: str, begin: float) -> None:
+    """Print what docs/reliability.md has."""
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].removesuffix(" (call)")
+    print(f"{test}: {what}, {time.monotonic() - begin:.1f} s")
 
 
 def drawn(dim: int = 8, **settings) -> HashTable:
@@ -265,8 +266,7 @@ def test_a_checkpoint_beside_training_is_of_one_moment(tmp_path, monkeypatch, mo
     rows = table._store.find(train_ids)
 
     def save() -> None:
-        if len(paths) < 12:
-            paths.append(checkpoint.save(tmp_path, table, optimizer, step=len(paths)))
+        paths.append(checkpoint.save(tmp_path, table, optimizer, step=len(paths), keep=12))
 
     with beside(save):
         for _ in until(SECONDS):
@@ -274,7 +274,7 @@ def test_a_checkpoint_beside_training_is_of_one_moment(tmp_path, monkeypatch, mo
             optimizer.step()
             optimizer.zero_grad()
     assert len(paths) > 3
-    for path in paths:
+    for path in paths[-12:]:
         other, its_optimizer = make()
         checkpoint.load(path, other, its_optimizer)
         state = its_optimizer.state_dict()["state"]["t"]
@@ -335,211 +335,3 @@ def test_copies_have_a_lock_of_their_own():
             thread.start()
             thread.join(10)
         assert done == [3]
-
-
-# ---------------------------------------------------------------------- fork
-
-
-def in_child(function: Callable[[], object], timeout: float = 60) -> object:
-    """What a function returns in a forked child, or the text of what it raised."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            there.send(function())
-        except BaseException as error:
-            there.send(f"{type(error).__name__}: {error}")
-
-    process = context.Process(target=run)
-    process.start()
-    there.close()
-    try:
-        assert here.poll(timeout), "the child hangs"
-        return here.recv()
-    finally:
-        process.kill()
-        process.join()
-
-
-@forks
-def test_a_child_gets_whole_tables_whatever_threads_do_in_the_parent():
-    table, other = HashTable([32], 64), drawn()
-    optimizer = SparseAdamW({"t": table}, lr=0.1)
-    ids = torch.arange(1500)
-    table(ids).sum().backward()
-    optimizer.step()
-    rows, next_id = table._store.find(ids), [0]
-
-    def step() -> None:
-        table.accept_grad(rows, torch.ones(1, 32).expand(1500, 32))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def bring() -> None:
-        with torch.no_grad():
-            other(torch.arange(next_id[0], next_id[0] + 3000))
-        next_id[0] += 3000
-
-    def look() -> tuple[int, bool]:
-        torch.set_num_threads(1)  # torch's own threads do not survive a fork
-        require_sound(other)
-        require_sound(table)
-        step()  # trains a copy
-        table.eval()
-        return table(ids).unique().numel(), bool(table(ids)[0, 0] != 0)
-
-    with beside(step, bring):
-        for _ in range(60 if SOAK else 6):
-            assert in_child(look) == (1, True)
-    require_sound(other)
-    before = table(ids)[:1].detach().clone()
-    in_child(lambda: step())
-    assert torch.equal(table(ids)[:1], before)
-
-
-class Lookups(Dataset):
-    """Items that a table looks up in the worker."""
-
-    def __init__(self, table: HashTable, first: int = 0, insert: bool = False) -> None:
-        self.table, self.first, self.insert = table, first, insert
-
-    def __len__(self) -> int:
-        return 20
-
-    def __getitem__(self, item: int) -> torch.Tensor:
-        ids = torch.tensor([self.first + item])
-        if self.insert:
-            self.table.insert(ids, torch.ones(1, 8))
-        with torch.no_grad():
-            return self.table(ids)[0]
-
-
-def batches(dataset: Dataset, workers: int = 2) -> torch.Tensor:
-    context = "fork" if workers else None
-    loader = DataLoader(dataset, 5, num_workers=workers, multiprocessing_context=context)
-    return torch.cat(list(loader))
-
-
-@forks
-def test_workers_of_a_dataloader_read_but_do_not_insert():
-    table = drawn()
-    optimizer = SparseAdamW({"t": table}, lr=0.1)
-    train(table, optimizer, torch.arange(20))
-    with torch.no_grad():
-        expected = table(torch.arange(20))
-    assert torch.equal(batches(Lookups(table)), expected)  # in training mode, but none is new
-    table.eval()
-    assert torch.equal(batches(Lookups(table)), expected)
-    assert torch.equal(batches(Lookups(table, 15))[5:], torch.zeros(15, 8))
-    with pytest.raises(RuntimeError, match=r"worker has a copy.*is lost"):
-        batches(Lookups(table, insert=True))
-    table.train()
-    with pytest.raises(RuntimeError, match=r"they would be lost; call table.eval\(\) in the"):
-        batches(Lookups(table, 15))
-    assert len(table) == 20
-    assert torch.equal(batches(Lookups(table, 15), workers=0)[:5], expected[15:])
-    assert len(table) == 35
-
-
-class OwnTable(Dataset):
-    """Each worker numbers its ids with a table that it makes itself."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, item: int) -> int:
-        table = drawn()
-        table(torch.arange(item + 1))
-        return len(table)
-
-
-def require_says(script: str, expected: str) -> None:
-    """Run a script that may hang in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == expected, done.stderr
-
-
-MAKES_LOCKS_BESIDE_FORKS = """
-import copy, os, sys, threading, torch
-from cupy_sparse_adamw import HashTable, SparseAdamW
-
-table = HashTable([4])
-optimizer = SparseAdamW({"t": table})
-table(torch.arange(100)).sum().backward()
-optimizer.step()
-count = 0
-
-def copies():
-    global count
-    while True:
-        with optimizer.locked():
-            copy.deepcopy(table)  # has a lock of its own
-        count += 1
-
-threading.Thread(target=copies, daemon=True).start()
-forks = 0
-while forks < 100 or count < 20:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(len(table) != 100)
-    assert os.waitpid(pid, 0)[1] == 0
-    forks += 1
-sys.stdout.write("done")
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-@forks
-def test_forks_beside_a_thread_that_makes_tables_under_a_lock():
-    require_says(MAKES_LOCKS_BESIDE_FORKS, "done")
-
-
-CTRL_C_WHILE_A_FORK_WAITS = """
-import os, signal, sys, threading, time
-from cupy_sparse_adamw import HashTable
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-table = HashTable([4])
-held = threading.Event()
-
-def hold():
-    with table.lock:
-        held.set()
-        time.sleep(0.3)
-
-threading.Thread(target=hold).start()
-held.wait()
-threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-try:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(len(table))
-    assert os.waitpid(pid, 0)[1] == 0
-    time.sleep(5)
-    sys.stdout.write("no KeyboardInterrupt")
-except KeyboardInterrupt:
-    made = threading.Thread(target=lambda: HashTable([4]))
-    made.start()
-    made.join(5)
-    sys.stdout.write("alive" if not made.is_alive() else "a thread hangs")
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-@forks
-def test_ctrl_c_while_a_fork_waits_comes_after_it():
-    require_says(CTRL_C_WHILE_A_FORK_WAITS, "alive")
-
-
-@forks
-def test_a_worker_trains_tables_of_its_own():
-    assert torch.cat([x.view(-1) for x in DataLoader(OwnTable(), num_workers=2)]).tolist() == [
-        1,
-        2,
-        3,
-        4,
-    ]

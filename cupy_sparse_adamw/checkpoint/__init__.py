@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .._checks import require_int
+from .._signals import uninterrupted
 from .._types import MOMENT_DTYPE
 from ..embedding_table import EmbeddingTable
 from ..hash_table import HashTable
@@ -189,7 +190,8 @@ def load(
             _require_fits(chain, tables, with_moments=bool(optimizers))
             for name, table in tables.items():
                 _build_table(chain, name, table, saved, with_moments=bool(optimizers))
-            _install(saved, model, optimizers, tables)
+            with uninterrupted():
+                _install(saved, model, optimizers, tables)
             if index["follow"]:
                 checkpoint = (
                     str(newest.folder.resolve().parent),

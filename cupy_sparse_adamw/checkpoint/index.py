@@ -166,6 +166,7 @@ def remove_old(root: Path, keep: int, newest: Path) -> None:
             files.remove(path)
         except OSError as error:
             warnings.warn(f"an old checkpoint stays: {error}", stacklevel=3)
+            return  # so must what it builds on; the next save tries again
 
 
 def parts_of(chain: list[Reader], name: str) -> list[tuple[Reader, dict[str, Any]]]:
