@@ -193,8 +193,7 @@ class EmbeddingTable(Table):
         Raises:
             RuntimeError: the weight was moved, converted or resized after the first step.
         """
-        for piece in pending.pieces:
-            self.note_change(piece.rows)
+        self.note_update(pending)
         return self._moments_in(pending.name, pending.param, state)
 
     def _over_weight(self, name: str) -> _Over:

@@ -158,8 +158,7 @@ class RowTable(Table):
 
     def moments(self, pending: Pending, state: dict[str, Any]) -> tuple[Slot, Slot]:
         """The slots of the moments; see ``Table.moments``."""
-        for piece in pending.pieces:
-            self.note_change(piece.rows)
+        self.note_update(pending)
         return self._moments()
 
     def _moments(self) -> tuple[Slot, Slot]:

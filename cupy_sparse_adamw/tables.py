@@ -84,6 +84,12 @@ class Table:
         if self.saved_rows is not None:
             self.saved_rows.change(rows)
 
+    def note_update(self, pending: Pending) -> None:
+        """``note_change`` for the rows of gradients; asked of every table in every step."""
+        if self.saved_rows is not None:
+            for piece in pending.pieces:
+                self.saved_rows.change(piece.rows)
+
     @property
     def key(self) -> Any:
         """What ``param_groups`` holds and ``optimizer.state`` is keyed by."""
