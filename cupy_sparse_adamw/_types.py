@@ -83,6 +83,10 @@ class Slot:
         block_size: rows per block.
         dtype: element type.
         device: where the blocks live.
+
+    Attributes:
+        row_bytes: from a row of a block to the next.
+        has_gaps: whether that is more than a row takes.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Slot:
         self.dtype = memory.dtype
         self.device = memory.device
         self.row_bytes = math.prod(memory.shape) * memory.dtype.itemsize
+        self.has_gaps = memory.shape[0] > 1
         self._known_rows = -1  # those of the memory as it was for what follows
         self._addresses = np.empty(0, dtype=np.int64)
         self._addresses_at = 0
@@ -126,8 +131,8 @@ class Slot:
         """The slot whose only block is ``weight`` [R, D] itself; its columns are contiguous."""
         slot = cls(name, weight.shape[1], max(weight.shape[0], 1), weight.dtype, weight.device)
         slot._memory.append(weight[:, None])
-        if weight.shape[0] > 1:
-            slot.row_bytes = weight.stride(0) * weight.itemsize
+        if not weight.is_contiguous():
+            slot.row_bytes, slot.has_gaps = weight.stride(0) * weight.itemsize, True
         return slot
 
     @classmethod
@@ -153,11 +158,6 @@ class Slot:
     @property
     def _slabs(self) -> list[torch.Tensor]:
         return [slab[:, self._place] for slab in self._memory.slabs]
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether rows of a block do not follow one upon the other."""
-        return self.row_bytes != self.dim * self.dtype.itemsize
 
     def name(self) -> str:
         """The slot's name."""
@@ -190,17 +190,13 @@ class Slot:
             return torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
         return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Slot:
-        """The same rows on another device or in another dtype, alone in memory; else the slot."""
-        if (device, dtype) == (self.device, self.dtype):
-            return self
-        moved = Slot(self._name, self.dim, self._block_size, dtype, device)
-        for slab in self._memory.slabs:
-            one = slab[:, self._place : self._place + 1]
-            moved._memory.append(
-                one.to(device, dtype, memory_format=torch.contiguous_format, copy=True)
-            )
-        return moved
+    def copy_(self, other: Slot) -> None:
+        """Hold memory for as many rows as another slot, and copy its rows, converted."""
+        self.reserve(other.num_rows())
+        begin, target = 0, self.value()
+        for slab in other._slabs:
+            target[begin : begin + slab.shape[0]].copy_(slab)
+            begin += slab.shape[0]
 
     def addresses(self) -> np.ndarray:
         """The address of each block, [blocks] int64. Kept until the slot grows."""

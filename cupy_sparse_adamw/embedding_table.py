@@ -314,9 +314,11 @@ class EmbeddingTable(Table):
         weight = self.weight
         dtype = MOMENT_DTYPE[weight.dtype]
         keys = "exp_avg", "exp_avg_sq"
-        if not all(key in state for key in keys):
-            state.update({**dict(zip(keys, new_moments(weight), strict=True)), **state})
+        if not any(key in state for key in keys):
+            state.update(zip(keys, new_moments(weight), strict=True))
         for key in keys:
+            if key not in state:
+                state[key] = empty(weight.shape, dtype, weight.device).zero_()
             x = state[key]
             if (x.dtype, x.device, x.shape) != (dtype, weight.device, weight.shape):
                 raise RuntimeError(
@@ -325,7 +327,8 @@ class EmbeddingTable(Table):
                     f"{list(x.shape)} {x.dtype} on {x.device}; resize, move or convert a model "
                     f"before it is trained, or make a new optimizer"
                 )
-            if x.stride(1) != 1 or (x.device.type != "cpu" and not x.is_contiguous()):
+            has_rows = x.device.type == "cpu" and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+            if not (has_rows or x.is_contiguous()):
                 raise RuntimeError(
                     f"table {name!r}: its {key} is not contiguous; use "
                     f"optimizer.state[...][{key!r}] = moments.contiguous()"

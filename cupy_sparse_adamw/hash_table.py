@@ -22,7 +22,7 @@ from .hooks import (
 )
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrads
-from .policies import WHOLE_UPDATES, ReadOnlyHookImpl
+from .policies import ReadOnlyHookImpl, updates_whole
 from .row_store import EMBEDDING, OPTIMIZER_SLOTS, FoundRows, RowStore, SlotGroup
 from .row_table import RowTable
 from .slices import Slice, gen_slice
@@ -278,14 +278,15 @@ class HashTable(torch.nn.Module, RowTable):
             return store.find(ids)
         if filters is None and admit is None:
             return store.find_or_insert(ids)
-        with functional.uninterrupted(), store.all_or_nothing() as undo:
-            rows = self._selected(ids, admit, undo)
-            if filters is not None:
-                if type(filters).update not in WHOLE_UPDATES:
-                    undo.append(self._uses_of(rows))
-                filters(rows)
-        if admit is not None:
-            admit.settle()
+        with functional.uninterrupted():
+            with store.all_or_nothing() as undo:
+                rows = self._selected(ids, admit, undo)
+                if filters is not None:
+                    if not updates_whole(filters):
+                        undo.append(self._uses_of(rows))
+                    filters(rows)
+            if admit is not None:
+                admit.settle()
         return rows
 
     def _selected(

@@ -145,7 +145,9 @@ class BaseFilterHookImpl(torch.nn.Module):
     def update(self, index: torch.Tensor) -> None:
         """Rows [N] int64 have been looked up in training mode, or inserted.
 
-        They may repeat; -1 stands for an id that has no row.
+        They may repeat; -1 stands for an id that has no row. If this raises, so does the lookup,
+        and what was written to slots and buffers is undone: these rows' values, and all buffers,
+        are copied before. So keep what is large in a slot.
         """
 
     def update_step(self, step_size: int = 1) -> None:

@@ -58,6 +58,9 @@ class FrequencyAdmitHookImpl(BaseAdmitHookImpl):
         self.register_buffer("sightings", torch.zeros((), dtype=torch.int64))
         self._undo: list[Callable[[], Any]] = []  # what ``admit`` did; from the end
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_undo": []}
+
     def admit(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Those that have now been seen ``min_frequency`` times."""
         depth, width = self.counts.shape
@@ -223,13 +226,16 @@ class LFUFilterHookImpl(_Eviction):
         self._ht.update_slot(self._name, rows, before + counts[:, None])
 
 
-#: ``update`` methods that have changed nothing if they raise: lookups copy nothing before these.
-WHOLE_UPDATES = (
-    BaseFilterHookImpl.update,
-    GlobalStepFilterHookImpl.update,
-    LRUFilterHookImpl.update,
-    LFUFilterHookImpl.update,
-)
+def updates_whole(filters: BaseFilterHookImpl) -> bool:
+    """Whether its ``update`` has changed nothing if it raises, so that lookups keep no copies."""
+    kind = type(filters)
+    return kind.forward is BaseFilterHookImpl.forward and kind.update in (
+        BaseFilterHookImpl.update,
+        GlobalStepFilterHookImpl.update,
+        LRUFilterHookImpl.update,
+        LFUFilterHookImpl.update,
+    )
+
 
 _factory = HashtableHookFactory()
 _factory.regist_admit("ReadOnly", ReadOnlyHookImpl)

@@ -553,27 +553,29 @@ class RowStore:
             OPTIMIZER_SLOTS[key]: (dim, dtype) if key in MOMENT_SLOTS else (1, torch.int32)
             for key in keys
         }
-        slots = self._slots_of(columns, self.embedding.num_rows())
+        slots = self._slots_of(columns, self.embedding.num_rows(), self.embedding.device)
         return dict(zip(keys, slots.values(), strict=True))
 
     def _slots_of(
-        self, columns: Mapping[str, tuple[int, torch.dtype]], rows: int
+        self, columns: Mapping[str, tuple[int, torch.dtype]], rows: int, device: torch.device
     ) -> dict[str, Slot]:
         """Zeroed slots for so many rows, given the width and dtype of each by name.
 
         The moments lie side by side where the engine is quicker then.
         """
-        device, size = self.embedding.device, self._block_size
-        slots = {
-            name: Slot(name, dim, size, dtype, device) for name, (dim, dtype) in columns.items()
+        size, names = self._block_size, (EXP_AVG, EXP_AVG_SQ)
+        pair: dict[str, Slot] = {}
+        if set(names) <= columns.keys() and functional.pairs_moments(device):
+            dim, dtype = columns[EXP_AVG]
+            slots = Slot.side_by_side(names, dim, size, dtype, device)
+            pair = dict(zip(names, slots, strict=True))
+        result = {
+            name: pair[name] if name in pair else Slot(name, dim, size, dtype, device)
+            for name, (dim, dtype) in columns.items()
         }
-        if {EXP_AVG, EXP_AVG_SQ} <= columns.keys() and functional.pairs_moments(device):
-            names, (dim, dtype) = (EXP_AVG, EXP_AVG_SQ), columns[EXP_AVG]
-            pair = Slot.side_by_side(names, dim, size, dtype, device)
-            slots.update(zip(names, pair, strict=True))
-        for slot in slots.values():
+        for slot in result.values():
             slot.reserve(rows)
-        return slots
+        return result
 
     # ------------------------------------------------------------------ replacing the contents
 
@@ -607,7 +609,8 @@ class RowStore:
         functional.scatter_(ids_by_row, rows, ids[:, None])
         old_rows = self.find(ids)
         kept = old_rows != MISSING
-        slots = self._slots_of({name: (x.dim, x.dtype) for name, x in self.slots.items()}, size)
+        columns = {name: (slot.dim, slot.dtype) for name, slot in self.slots.items()}
+        slots = self._slots_of(columns, size, device)
         for name, slot in self.slots.items():
             new = slots[name]
             if name in values:
@@ -673,14 +676,21 @@ class RowStore:
         self._zero_freed()
         moments = MOMENT_DTYPE[dtype]
         dtypes = {EMBEDDING: dtype, EXP_AVG: moments, EXP_AVG_SQ: moments}
-        slots = {
-            name: slot.to(device, dtypes.get(name, slot.dtype)) for name, slot in self.slots.items()
+        slots, index, ids_by_row = dict(self.slots), self._index, self.ids_by_row
+        columns = {
+            name: (slot.dim, dtypes.get(name, slot.dtype))
+            for name, slot in slots.items()
+            if (device, dtypes.get(name, slot.dtype)) != (slot.device, slot.dtype)
         }
-        index = self._index
-        index = RowIndex(*(x.to(device) for x in (index.entries, index.counters, index.free_rows)))
-        ids_by_row = self.ids_by_row
+        for name, slot in self._slots_of(columns, 0, device).items():
+            slot.copy_(slots[name])
+            slots[name] = slot
         if device != self.embedding.device:
-            ids_by_row = ids_by_row.to(device, torch.int64)
+            index = RowIndex(
+                *(x.to(device) for x in (index.entries, index.counters, index.free_rows))
+            )
+            ids_by_row = Slot("ids", 1, self._block_size, torch.int64, device)
+            ids_by_row.copy_(self.ids_by_row)
         bound = RowBound(index.counters, self._bound.at_most())
         self._leave_graph()
         with functional.uninterrupted():

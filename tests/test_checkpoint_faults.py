@@ -18,7 +18,7 @@ import torch
 from checkpoint_runs import Training
 from test_state import differences
 
-from cupy_sparse_adamw import checkpoint
+from cupy_sparse_adamw import HashTable, checkpoint
 from cupy_sparse_adamw.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -441,6 +441,27 @@ def test_an_old_one_that_cannot_be_removed(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="an old checkpoint stays: .*step-0000000001"):
         path = checkpoint.save(tmp_path, step=2, keep=1)
     assert checkpoint.latest(tmp_path) == path
+
+
+def test_one_that_cannot_be_removed_keeps_its_base_and_nothing_else(tmp_path, monkeypatch):
+    table = torch.nn.ModuleDict({"table": HashTable([2])})
+    table["table"](torch.arange(3))
+    for step in range(1, 6):  # a full one and its increment, another full one, two more
+        checkpoint.save(tmp_path, model=table, step=step, incremental=step <= 2)
+    assert (tmp_path / "step-0000000002").exists()
+    real = os.rename
+
+    def rename(one, other):
+        if "removing" in str(other) and "0000000002" in str(one):
+            raise OSError(errno.EACCES, "Permission denied", str(one))
+        return real(one, other)
+
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.warns(UserWarning, match="an old checkpoint stays: .*step-0000000002") as warned:
+        checkpoint.save(tmp_path, model=table, step=6, keep=1)
+    assert len(warned) == 1
+    assert names(tmp_path) == {f"step-000000000{n}" for n in (1, 2, 6)}
+    checkpoint.load(tmp_path / "step-0000000002", model=table)
 
 
 def test_damaged_ones_neither_count_nor_go(tmp_path):

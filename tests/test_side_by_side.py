@@ -144,11 +144,51 @@ def test_a_saved_state_holds_moments_once():
 
 def test_converted_tables_go_on():
     training, other = Training().step(1), Training().step(1)
-    training.model["table"].double()
-    first, second = training.moments("table")
-    assert first.dtype == second.dtype == torch.float64
-    for mine, its in zip(training.moments("table"), other.moments("table"), strict=True):
-        assert torch.equal(mine, its.double())
+    table, its = training.model["table"], other.moments("table")
+    table.double()
+    assert all(map(torch.equal, training.moments("table"), [x.double() for x in its]))
+    assert are_side_by_side(*training.moments("table"))
+    table.float()
+    assert are_side_by_side(*training.moments("table"))
+    assert all(map(torch.equal, training.step(2).bits(), other.step(2).bits()))
+
+
+def test_one_moment_that_is_gone_begins_at_zero():
+    training = Training().step(1)
+    state = training.optimizer.state[training.model["embedding"].weight]
+    kept = state.pop("exp_avg").new_tensor(0.5).expand(ROWS, DIM).contiguous()
+    state["exp_avg_sq"] = kept
+    training.step(2)
+    assert state["exp_avg_sq"] is kept
+    assert state["exp_avg"].is_contiguous()
+
+
+STRIDES = {
+    "expanded": lambda x: x.new_zeros(1, DIM).expand(ROWS, DIM),
+    "overlapping": lambda x: x.new_zeros(ROWS + DIM).as_strided((ROWS, DIM), (1, 1)),
+    "columns apart": lambda x: x.t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_other_strides_are_refused(strides):
+    training = Training().step(1)
+    state = training.optimizer.state[training.model["embedding"].weight]
+    state["exp_avg_sq"] = STRIDES[strides](state["exp_avg_sq"])
+    with pytest.raises(RuntimeError, match=r"exp_avg_sq is not contiguous; use .*contiguous"):
+        training.step(2)
+
+
+def test_strides_of_a_single_column_mean_nothing():
+    embedding = torch.nn.Embedding(ROWS, 1, sparse=True)
+    optimizer = SparseAdamW({"embedding": embedding})
+    for strides in (None, (1, 10)):
+        embedding(torch.tensor([3])).sum().backward()
+        optimizer.step()
+        state = optimizer.state[embedding.weight]
+        if strides:
+            assert not state["exp_avg"][:3].any()
+        state["exp_avg"] = torch.zeros(ROWS).as_strided((ROWS, 1), (1, 10))
 
 
 @pytest.mark.emulated

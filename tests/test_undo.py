@@ -90,7 +90,7 @@ class Sightings(BaseAdmitHookImpl):
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     for kinds, policies in (
-        (HashtableHookFactory()._filters, (Uses, Interrupted, RecentlyUsed)),
+        (HashtableHookFactory()._filters, (Uses, Interrupted, RecentlyUsed, CalledOtherwise)),
         (HashtableHookFactory()._admits, (Sightings,)),
     ):
         for policy in policies:
@@ -152,6 +152,26 @@ def test_an_update_over_one_of_ours_is_taken_back():
     assert contents(table) == before
 
 
+class CalledOtherwise(Uses):
+    """Counts where RecIS calls it."""
+
+    def forward(self, index):
+        super().update(index)
+
+    def update(self, index):
+        raise AssertionError
+
+
+def test_a_policy_that_is_called_otherwise_is_taken_back():
+    table = table_with(filter_hook=FilterHook("CalledOtherwise"))
+    table(torch.arange(3))
+    before = contents(table)
+    table._filter_hook_impl.error = RuntimeError("failed")
+    with pytest.raises(RuntimeError, match="failed"):
+        table(torch.arange(2, 5))
+    assert contents(table) == before
+
+
 @pytest.mark.parametrize("fails", ["admit", "update"])
 def test_sightings_are_taken_back(engine, fails):
     table = table_with(filter_hook=FilterHook("Uses"), admit_hook=AdmitHook("Sightings"))
@@ -196,6 +216,26 @@ def test_what_frequency_counted_is_taken_back(engine, monkeypatch, sightings):
     assert 5 in table.ids()
     assert int(policy.sightings) == (2 + sightings if sightings < 6 else 0)
     assert policy._undo == []
+    pickle.dumps(table)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_lookup_that_ctrl_c_came_in_is_settled(monkeypatch):
+    """So that a table that is saved then is whole, and nobody takes back what was done."""
+    table = table_with(admit_hook=AdmitHook("Frequency", {"min_frequency": 2}))
+    find = functional.find
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return find(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "find", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            table(torch.tensor([5, 5, 6]))
+    policy = table.admit_hook_Frequency
+    assert (int(policy.sightings), policy._undo) == (3, [])
+    assert table.ids().tolist() == [5]
     pickle.dumps(table)
 
 

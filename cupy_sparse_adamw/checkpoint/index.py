@@ -161,12 +161,14 @@ def remove_old(root: Path, keep: int, newest: Path) -> None:
     kept = [newest, *(path for path in chains if path != newest)][:keep]
     needed = set().union(*(chains.get(path, {path}) for path in kept))
     # An increment goes before its base, or a kill between the two would leave it without one.
-    for path in sorted(chains.keys() - needed, key=lambda x: len(chains[x]), reverse=True):
+    for path in sorted(chains.keys() - needed, key=lambda x: (len(chains[x]), x), reverse=True):
+        if path in needed:
+            continue
         try:
             files.remove(path)
         except OSError as error:
             warnings.warn(f"an old checkpoint stays: {error}", stacklevel=3)
-            return  # so must what it builds on; the next save tries again
+            needed |= chains[path]  # so must what it builds on; the next save tries again
 
 
 def parts_of(chain: list[Reader], name: str) -> list[tuple[Reader, dict[str, Any]]]:

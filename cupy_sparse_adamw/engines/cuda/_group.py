@@ -108,7 +108,7 @@ def block_table(slot: Slot) -> torch.Tensor:
     if slot.has_gaps:
         raise ValueError(
             f"slot {slot.name()!r}: the CUDA engine takes rows without gaps between them, these "
-            f"lie {slot.row_bytes} bytes apart; use tensor.contiguous()"
+            f"lie {slot.row_bytes} bytes apart; use moments.contiguous()"
         )
     if not slot.has_block_table() and _interop.is_capturing(slot.device):
         raise RuntimeError(
