@@ -27,7 +27,6 @@ def log_of(mode: str) -> MissedSteps:
     """A log that is all but full."""
     log = MissedSteps(mode == "dense")
     for t in range(1, MAX_ENTRIES - 500):
-        log.reserve()
         log.advance(step_scalars(HYPER, t))
     return log
 
@@ -120,14 +119,12 @@ def test_upkeep(benchmark, request):
         t += 1
         step = step_scalars(HYPER, t)
         begin = time.perf_counter()
-        log.reserve()
         log.advance(step)
         seconds.append(time.perf_counter() - begin)
 
     def go_on() -> None:
         nonlocal t
         t += 1
-        log.reserve()
         log.advance(step_scalars(HYPER, t))
 
     benchmark.pedantic(go_on, rounds=200, warmup_rounds=20)

@@ -228,7 +228,6 @@ def check_untouched(engine: str, untouched: str, dtype: torch.dtype) -> list[str
     with functional.use_engine(engine):
         log = MissedSteps(untouched == "dense")
         for j in range(1, t + 1):
-            log.reserve()
             log.advance(step_scalars(HYPER, j))
         slots = [slot_of(x, device) for x in values]
         last = slot_of(last_step.int()[:, None], device)

@@ -28,6 +28,9 @@ MISSING = -1
 DELETED = -2
 
 
+_NO_ADDRESSES = np.empty(0, dtype=np.int64)
+
+
 class _Memory:
     """Where the rows of a slot are, or those of several slots side by side.
 
@@ -106,7 +109,7 @@ class Slot:
         self.row_bytes = math.prod(memory.shape) * memory.dtype.itemsize
         self.has_gaps = memory.shape[0] > 1
         self._known_rows = -1  # those of the memory as it was for what follows
-        self._addresses = np.empty(0, dtype=np.int64)
+        self._addresses = _NO_ADDRESSES
         self._addresses_at = 0
         self._block_table: torch.Tensor | None = None
 
@@ -206,7 +209,7 @@ class Slot:
                 slab.data_ptr() + size * self.row_bytes * np.arange(-(-slab.shape[0] // size))
                 for slab in self._slabs
             ]
-            addresses = np.concatenate([np.empty(0, dtype=np.int64), *firsts])
+            addresses = np.concatenate([_NO_ADDRESSES, *firsts])
             self._addresses_at = addresses.ctypes.data  # asked for at every step: it is slow
             self._addresses, self._block_table = addresses, None
             self._known_rows = rows

@@ -165,10 +165,12 @@ def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
     _engine(lagging.param.device).catch_up_(lagging, rows)
 
 
-def extend_rules_(
+def prepare_extend_rules(
     state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
-) -> None:
-    """Take one more missed step into entries [begin, end) of ``Missed.rules``. On the host.
+) -> Callable[[], None]:
+    """Take one more missed step into entries [begin, end) of ``Missed.rules``, all but done.
+
+    On the host. Calling the result does it, and takes no memory.
 
     Args:
         state: [4 + 2 * RULE_NODES, n] float64: for each entry the product of 1 - lr * weight_decay,
@@ -180,7 +182,8 @@ def extend_rules_(
         step: [STEP_WIDTH] float64; see ``Missed.steps``.
     """
     host = _engine(torch.device("cpu")) if _chosen in (None, "reference") else load_engine("cpu")
-    host.extend_rules_(state, rules, begin, end, step)
+    apply: Callable[[], None] = host.prepare_extend_rules(state, rules, begin, end, step)
+    return apply
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import functional
@@ -137,8 +139,8 @@ class MissedSteps:
 
     # ------------------------------------------------------------------ steps
 
-    def reserve(self) -> None:
-        """Hold memory for one more step, so that ``advance`` takes none."""
+    def _reserve(self) -> None:
+        """Hold memory for one more step."""
         entries = self.t - self.first + 2
         if entries > self._rules.shape[0]:
             held = 2 * self._rules.shape[0]
@@ -156,20 +158,32 @@ class MissedSteps:
             self._state = state
 
     def advance(self, step: tuple[float, ...]) -> None:
-        """Count a step, which did what ``step_scalars`` says. ``reserve`` has been called."""
-        decay, _, _, _, _, beta2 = step
+        """Count a step, which did what ``step_scalars`` says."""
+        self.prepare(step)()
+
+    def prepare(self, step: tuple[float, ...]) -> Callable[[], None]:
+        """``advance``, all but done: calling the result does it, and takes no memory."""
+        self._reserve()
         entry = self.t - self.first  # of s = t: the first to miss this step
-        self._steps.numpy()[entry] = step
-        self._judge(step)
+        self._steps.numpy()[entry] = step  # where nobody looks yet
+        rules = self._rules[self._open :]
         if self.dense:
-            rules = self._rules[self._open :]
-            functional.extend_rules_(
+            extend = functional.prepare_extend_rules(
                 self._state, rules, 0, entry + 1 - self._open, self._steps[entry]
             )
         else:
-            products = self._state.numpy()[0, : entry + 1 - self._open]
-            products *= 1.0 - decay
-            self._rules.numpy()[self._open : entry + 1, 0] = products - 1.0
+            extend = partial(self._extend_decay, rules, entry + 1 - self._open, step[0])
+        return partial(self._advance, entry, step, extend)
+
+    def _extend_decay(self, rules: torch.Tensor, entries: int, decay: float) -> None:
+        products = self._state.numpy()[0, :entries]
+        products *= 1.0 - decay
+        np.subtract(products, 1.0, out=rules.numpy()[:entries, 0])
+
+    def _advance(self, entry: int, step: tuple[float, ...], extend: Callable[[], None]) -> None:
+        decay, _, _, _, _, beta2 = step
+        self._judge(step)
+        extend()
         closed = self._factors.numpy()[: self._open // RULE_CHUNK]
         if len(closed):
             closed[:, 0] -= decay * (1.0 + closed[:, 0])
@@ -221,8 +235,10 @@ class MissedSteps:
 
     def _drop_open(self, entries: int) -> None:
         """Leave the first of the open entries alone from now on."""
-        held = self.t - self.first - self._open + 1
-        self._state[:, : held - entries] = self._state[:, entries:held].clone()
+        held, state = self.t - self.first - self._open + 1, self._state
+        for begin in range(0, held - entries, entries):  # pieces that do not overlap
+            end = min(begin + entries, held - entries)
+            state[:, begin:end].copy_(state[:, begin + entries : end + entries])
         self._open += entries
 
     # ------------------------------------------------------------------ the length of the log
@@ -236,11 +252,13 @@ class MissedSteps:
     def forget_before(self, s: int) -> None:
         """Drop the entries before s, ``oldest_to_keep``: no row has its last update there."""
         begin = s - self.first
+        chunks = begin // RULE_CHUNK
+        cuts = (self._rules, begin), (self._factors, chunks), (self._steps, begin)
+        kept = [array[cut:].clone() for array, cut in cuts]  # all memory before any change
         if begin > self._open:
             self._drop_open(begin - self._open)
-        chunks = begin // RULE_CHUNK
-        for array, cut in ((self._rules, begin), (self._factors, chunks), (self._steps, begin)):
-            array[: array.shape[0] - cut] = array[cut:].clone()
+        for (array, cut), rest in zip(cuts, kept, strict=True):
+            array[: array.shape[0] - cut] = rest
         self._factors[self._factors.shape[0] - chunks :] = self._factors.new_tensor([0.0, 1.0])
         self.first += begin
         self._open -= begin
@@ -284,7 +302,6 @@ class MissedSteps:
             raise ValueError("a saved log of missed steps is none")
         log = cls(dense, first)
         for step in steps.tolist():
-            log.reserve()
             log.advance(tuple(step))
         return log
 

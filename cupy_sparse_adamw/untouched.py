@@ -119,13 +119,12 @@ def prepare_to_count(
         if sharers[id(log)] > len(members):  # others stay behind
             sharers[id(log)] -= len(members)
             log = log.clone()
-        log.reserve()
-        plans.append((log, step, members))
+        plans.append((log, log.prepare(step), members))
 
     def count() -> None:
-        for log, step, members in plans:
+        for log, advance, members in plans:
             for table in members:
                 table.missed = log
-            log.advance(step)
+            advance()
 
     return count

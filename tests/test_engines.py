@@ -27,7 +27,6 @@ OPERATIONS = [
     "coalesce",
     "copy_to_host",
     "delete_",
-    "extend_rules_",
     "find",
     "find_or_insert_",
     "gather",
@@ -36,13 +35,14 @@ OPERATIONS = [
     "insert_",
     "is_capturing",
     "pairs_moments",
+    "prepare_extend_rules",
     "prepare_sparse_adamw",
     "rehash_",
     "scatter_",
     "segment",
 ]
 #: Those that work on the host whatever the device, so that only host engines have them.
-ON_THE_HOST = {"extend_rules_"}
+ON_THE_HOST = {"prepare_extend_rules"}
 
 
 def test_one_name_and_signature_everywhere(engine):

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_allocation import Shortage
 
-from cupy_sparse_adamw import missed_steps
+from cupy_sparse_adamw import functional, missed_steps
 from cupy_sparse_adamw._types import RULE_CHUNK, Hyperparams
 from cupy_sparse_adamw.missed_steps import MissedSteps, step_scalars
 
@@ -25,7 +26,6 @@ def setting(t: int) -> Hyperparams:
 def logged(steps: int, dense: bool = True, setting=setting, t: int = 0) -> MissedSteps:
     log = MissedSteps(dense, t)
     for _ in range(steps):
-        log.reserve()
         log.advance(step_scalars(setting(log.t + 1), log.t + 1))
     return log
 
@@ -113,13 +113,11 @@ def test_by_hand():
     """One step, two steps: lr 0.1, decay 0.5, beta1 0.5, beta2 0.75, eps 0.25."""
     hyper = Hyperparams(0.1, 0.5, 0.75, 0.25, 0.5)
     log = MissedSteps(dense=True)
-    log.reserve()
     log.advance(step_scalars(hyper, 1))
     # s = 0, t = 1: 0.95 left; m 0.5, v 0.75; 0.1 / 0.5 * 0.5 / (sqrt(0.75 v / 0.25) + 0.25)
     assert kept(log, 0) == pytest.approx((0.95, 0.5, 0.75), rel=1e-15)
     one = 0.1 / (ROOTS * math.sqrt(3.0) + 0.25)
     assert motion(log, 0) == pytest.approx(one, rel=1e-13)
-    log.reserve()
     log.advance(step_scalars(hyper, 2))
     # the second: 1 - beta1^2 = 0.75, 1 - beta2^2 = 0.4375, m 0.25, v 0.5625
     two = 0.95 * one + 0.1 / 0.75 * 0.25 / (ROOTS * math.sqrt(0.5625 / 0.4375) + 0.25)
@@ -140,7 +138,6 @@ def test_decay_alone_has_no_moments():
 def test_where_rules_are_not_exact_enough():
     def replayed(**changes):
         log = logged(20)
-        log.reserve()
         log.advance(step_scalars(HYPER._replace(**changes), 21))
         return log.kind(torch.float32) == "replay"
 
@@ -160,7 +157,6 @@ def test_a_window_beyond_which_replaying_moves_nothing():
     log = logged(30)
     ratio = 0.9 / math.sqrt(0.999)
     assert ratio**log.window <= missed_steps.REPLAY_ENDS < ratio ** (log.window - 1)
-    log.reserve()
     log.advance(step_scalars(HYPER._replace(beta1=0.5), 31))
     assert ratio**log.window <= missed_steps.REPLAY_ENDS  # rows from before still move
 
@@ -171,7 +167,6 @@ def test_forgetting_changes_nothing_that_is_left():
     assert (log.first, other.first) == (512, 0)
     for _ in range(300):
         for each in (log, other):
-            each.reserve()
             each.advance(step_scalars(setting(each.t + 1), each.t + 1))
     for s in (512, 767, 768, 1000, 1100, 1399):
         assert np.array_equal(motion(log, s), motion(other, s))
@@ -184,7 +179,6 @@ def test_a_log_that_forgot_is_as_one_that_is_loaded():
     log = logged(5, setting=lambda t: HYPER._replace(beta2=0.95, beta1=0.95))
     assert log.is_exact_only
     for _ in range(1000):
-        log.reserve()
         log.advance(step_scalars(HYPER, log.t + 1))
     log.forget_before(512)
     again = MissedSteps.replayed(log.export())
@@ -199,7 +193,6 @@ def test_forgetting_rules_that_are_still_open():
     ]
     slow[0].forget_before(512)
     for log in slow:
-        log.reserve()
         log.advance(step_scalars(HYPER, 801))
     assert np.array_equal(motion(slow[0], 600), motion(slow[1], 600))
 
@@ -209,7 +202,6 @@ def test_a_full_log_says_what_to_bring_up_to_date(monkeypatch):
     log = logged(1000)
     assert log.oldest_to_keep() is None
     while log.oldest_to_keep() is None:
-        log.reserve()
         log.advance(step_scalars(HYPER, log.t + 1))
     assert (log.t, log.oldest_to_keep()) == (1022, 512)
     assert log.on(torch.device("cpu")).rules.shape[0] == 1024  # and it takes no more memory
@@ -217,10 +209,40 @@ def test_a_full_log_says_what_to_bring_up_to_date(monkeypatch):
     assert log.oldest_to_keep() is None
 
 
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_a_prepared_step_takes_no_memory(engine, dense):
+    """Through the steps at which arrays grow and chunks of rules are closed."""
+    with functional.use_engine(engine):
+        log = MissedSteps(dense)
+        while log._open < 2 * RULE_CHUNK:
+            advance = log.prepare(step_scalars(HYPER, log.t + 1))
+            with Shortage(1, MemoryError):
+                advance()
+    other = logged(log.t, dense, setting=lambda t: HYPER)
+    assert np.allclose(log._rules.numpy(), other._rules.numpy(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_memory_that_runs_out_changes_no_log(engine, dense):
+    log = logged(1023, dense)  # arrays are full: the next step makes longer ones
+    before = log.t, log.first, log._open, *motion(log, 600), *kept(log, 600)
+    acts = lambda: log.prepare(step_scalars(HYPER, 1024)), lambda: log.forget_before(512)
+    for act in acts:
+        for at in range(1, 1000):
+            try:
+                with functional.use_engine(engine), Shortage(at, MemoryError):
+                    act()
+                break
+            except MemoryError:
+                assert before == (log.t, log.first, log._open, *motion(log, 600), *kept(log, 600))
+        assert 2 < at < 999
+
+
 def test_a_clone_goes_its_own_way():
     log = logged(50)
     other = log.clone()
-    other.reserve()
     other.advance(step_scalars(HYPER, 51))
     assert (log.t, other.t) == (50, 51)
     assert np.array_equal(motion(log, 3), motion(logged(50), 3))
@@ -288,7 +310,6 @@ def test_what_a_gpu_has_is_what_the_host_has(monkeypatch):
     random = torch.Generator().manual_seed(1)
     for step in range(1500):
         hyper = setting(step) if step < 1000 else HYPER._replace(beta1=0.1)
-        log.reserve()
         log.advance(step_scalars(hyper, log.t + 1))
         if step == 1400:
             log.forget_before(512)

@@ -116,7 +116,7 @@ class Log:
         self.factors[:frozen, 0] -= step[0] * (1 + self.factors[:frozen, 0])
         self.factors[:frozen, 1] *= setting.beta2
         begin, end = frozen * RULE_CHUNK, self.t - self.first
-        functional.extend_rules_(self.state, self.rules, begin, end, step)
+        functional.prepare_extend_rules(self.state, self.rules, begin, end, step)()
 
     def missed(self, device) -> Missed:
         """The log so far."""
@@ -763,10 +763,10 @@ def test_rules_are_extended_where_asked(begin, end):
             log = Log(0, 200, 176)
             for j in range(1, 12):
                 step = torch.tensor(step_numbers(schedule(1, j), j), dtype=torch.float64)
-                functional.extend_rules_(log.state, log.rules, 10 * j, 200, step)
+                functional.prepare_extend_rules(log.state, log.rules, 10 * j, 200, step)()
             state, rules = log.state.clone(), log.rules.clone()
             step = torch.tensor(step_numbers(Setting(), 12), dtype=torch.float64)
-            functional.extend_rules_(log.state, log.rules, begin, end, step)
+            functional.prepare_extend_rules(log.state, log.rules, begin, end, step)()
             outside = [*range(begin), *range(end, 200)]
             assert torch.equal(bits(log.state[:, outside]), bits(state[:, outside]))
             assert torch.equal(bits(log.rules[outside]), bits(rules[outside]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .._types import MISSING, MOMENT_DTYPE, RULE_CHUNK, RULE_NODES, Lagging, Missed
@@ -145,10 +147,10 @@ def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
     scatter_(lagging.last_step, rows, now)
 
 
-def extend_rules_(
+def prepare_extend_rules(
     state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
-) -> None:
-    """Take one more missed step into entries [begin, end) of ``Missed.rules``.
+) -> Callable[[], None]:
+    """Take one more missed step into entries [begin, end) of ``Missed.rules``, all but done.
 
     The step is a node more in each entry's sum: weight / (√v_s + 1 / node).
 
@@ -161,9 +163,12 @@ def extend_rules_(
         begin: first entry.
         end: one beyond the last.
         step: [STEP_WIDTH] float64, a row of ``Missed.steps``.
+
+    Returns:
+        A function that changes ``state`` and ``rules``.
     """
     decay, step_size, inv_sqrt_correction2, eps, beta1, beta2 = step.tolist()
-    entries = state[:, begin:end]
+    entries = state[:, begin:end].clone()
     kept, beta1_power, beta2_power, count = entries[:4]
     alpha, beta = entries[4 : 4 + RULE_NODES], entries[4 + RULE_NODES :]
     kept *= 1 - decay
@@ -183,7 +188,13 @@ def extend_rules_(
     e = torch.where(has_nodes, beta[1:] * c * c, 0.0)
     c = c.clamp(min=torch.finfo(torch.float32).tiny)
     columns = [kept - 1, beta1_power, beta2_power, beta[0], c, *d, *e, torch.zeros_like(c)]
-    rules[begin:end] = torch.stack(columns, dim=1)
+    extended = torch.stack(columns, dim=1)
+
+    def apply() -> None:
+        state[:, begin:end].copy_(entries)
+        rules[begin:end].copy_(extended)
+
+    return apply
 
 
 def _insert_(

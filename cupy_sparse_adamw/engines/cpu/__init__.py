@@ -5,14 +5,13 @@ from .device import copy_to_host, is_capturing, pairs_moments
 from .index import delete_, find, find_or_insert_, gather, insert_, rehash_, scatter_
 from .random import init_rows_
 from .segment import segment
-from .untouched import catch_up_, extend_rules_, gather_current
+from .untouched import catch_up_, gather_current, prepare_extend_rules
 
 __all__ = [
     "catch_up_",
     "coalesce",
     "copy_to_host",
     "delete_",
-    "extend_rules_",
     "find",
     "find_or_insert_",
     "gather",
@@ -21,6 +20,7 @@ __all__ = [
     "insert_",
     "is_capturing",
     "pairs_moments",
+    "prepare_extend_rules",
     "prepare_sparse_adamw",
     "rehash_",
     "scatter_",

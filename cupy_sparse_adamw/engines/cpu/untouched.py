@@ -11,7 +11,9 @@ kernels for tables that skip what they missed get None in place of a ``Log``.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -843,10 +845,15 @@ def _extend(state, state_width, rules, begin, end, step):  # type: ignore[no-unt
         _fill_rules(tile, rules + 8 * RULE_WIDTH * first, count)
 
 
-def extend_rules_(
+@functools.cache
+def _compile_extend() -> None:
+    _extend(0, 0, 0, 0, 0, np.zeros(STEP_WIDTH).ctypes.data)  # of no entries
+
+
+def prepare_extend_rules(
     state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
-) -> None:
-    """Take one more missed step into entries [begin, end) of ``Missed.rules``.
+) -> Callable[[], None]:
+    """Take one more missed step into entries [begin, end) of ``Missed.rules``, all but done.
 
     Args:
         state: [4 + 2 * RULE_NODES, n] float64, changed in place; for each entry the product of
@@ -857,5 +864,13 @@ def extend_rules_(
         begin: first entry.
         end: one beyond the last.
         step: [STEP_WIDTH] float64, a row of ``Missed.steps``.
+
+    Returns:
+        A function that changes ``state`` and ``rules``.
     """
-    _extend(state.data_ptr(), state.stride(0), rules.data_ptr(), begin, end, step.data_ptr())
+    _compile_extend()
+
+    def apply() -> None:
+        _extend(state.data_ptr(), state.stride(0), rules.data_ptr(), begin, end, step.data_ptr())
+
+    return apply
