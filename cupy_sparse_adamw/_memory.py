@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
 #: Bytes from which on huge pages are asked for: two of them, so that one at least lies within.
 LARGE = 1 << 22
+#: Name of the threads that wait for memory to be moved.
+MOVER = "cupy_sparse_adamw: huge pages"
 #: Linux's advices: to use huge pages, and to move to them now (Linux 6.1). Python's mmap lacks the
 #: second, and elsewhere both.
 _HUGEPAGE, _COLLAPSE = 14, 25
@@ -33,16 +36,25 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 def move_to_huge_pages(tensor: torch.Tensor) -> None:
     """Have the system move memory in use to huge pages, if it is large. Addresses stay.
 
-    It is copied once. Where that is not to be had, as on other systems and older Linux, nothing
-    happens.
+    That takes seconds a GB, so a thread waits for it, and holds the tensor until then; who reads or
+    writes meanwhile notices nothing. Where it is not to be had, as on other systems and older
+    Linux, nothing happens.
     """
-    _advise(tensor, _COLLAPSE)
+    if _is_large(tensor):
+        threading.Thread(
+            target=_advise, args=(tensor.detach(), _COLLAPSE), name=MOVER, daemon=True
+        ).start()
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    """Whether it is worth huge pages, on a system that has them."""
+    return tensor.device.type == "cpu" and tensor.nbytes >= LARGE and _madvise() is not None
 
 
 def _advise(tensor: torch.Tensor, advice: int) -> None:
-    """Tell the system about the whole pages of a large tensor on the CPU."""
+    """Tell the system about the whole pages of a large tensor."""
     madvise = _madvise()
-    if madvise is not None and tensor.device.type == "cpu" and tensor.nbytes >= LARGE:
+    if madvise is not None and _is_large(tensor):
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         begin += -begin % mmap.PAGESIZE
         end -= end % mmap.PAGESIZE
