@@ -6,6 +6,7 @@ to wait for (docs/performance.md).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -41,9 +42,9 @@ def move_to_huge_pages(tensor: torch.Tensor) -> None:
     Linux, nothing happens.
     """
     if _is_large(tensor):
-        threading.Thread(
-            target=_advise, args=(tensor.detach(), _COLLAPSE), name=MOVER, daemon=True
-        ).start()
+        args = tensor.detach(), _COLLAPSE
+        with contextlib.suppress(RuntimeError):  # no thread to be had: pages stay small
+            threading.Thread(target=_advise, args=args, name=MOVER, daemon=True).start()
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

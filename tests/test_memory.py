@@ -139,6 +139,14 @@ def test_a_weight_is_moved_once(monkeypatch):
     assert (first, _memory._HUGEPAGE) not in asked
 
 
+def test_no_thread_to_be_had(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    _memory.move_to_huge_pages(torch.ones(ROWS, DIM))
+
+
 @pytest.mark.parametrize(
     ("nbytes", "asked"), [(_memory.LARGE, True), (_memory.LARGE - DIM, False)], ids=["large", "not"]
 )
