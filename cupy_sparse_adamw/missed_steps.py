@@ -259,7 +259,8 @@ class MissedSteps:
             self._drop_open(begin - self._open)
         for (array, cut), rest in zip(cuts, kept, strict=True):
             array[: array.shape[0] - cut] = rest
-        self._factors[self._factors.shape[0] - chunks :] = self._factors.new_tensor([0.0, 1.0])
+        unused = self._factors[self._factors.shape[0] - chunks :]
+        unused[:, 0], unused[:, 1] = 0.0, 1.0
         self.first += begin
         self._open -= begin
         self._judge_anew()  # as one that is loaded will

@@ -47,25 +47,33 @@ def in_child(function: Callable[[], object], timeout: float = 60) -> object:
         process.join()
 
 
+def bringer(table: HashTable) -> Callable[[], None]:
+    """What makes a table grow at each call, and at each twentieth empties it."""
+    next_id = 0
+
+    def bring() -> None:
+        nonlocal next_id
+        with torch.no_grad():
+            table(torch.arange(next_id, next_id + 3000))
+        next_id += 3000
+        if next_id % 60_000 == 0:
+            table.clear()  # or children would look at more and more
+
+    return bring
+
+
 def test_a_child_gets_whole_tables_whatever_threads_do_in_the_parent():
     table, other = HashTable([32], 64), drawn()
     optimizer = SparseAdamW({"t": table}, lr=0.1)
     ids = torch.arange(1500)
     table(ids).sum().backward()
     optimizer.step()
-    rows, next_id = table._store.find(ids), [0]
+    rows = table._store.find(ids)
 
     def step() -> None:
         table.accept_grad(rows, torch.ones(1, 32).expand(1500, 32))
         optimizer.step()
         optimizer.zero_grad()
-
-    def bring() -> None:
-        with torch.no_grad():
-            other(torch.arange(next_id[0], next_id[0] + 3000))
-        next_id[0] += 3000
-        if next_id[0] % 60_000 == 0:
-            other.clear()  # or children would look at more and more
 
     def look() -> tuple[int, bool]:
         torch.set_num_threads(1)  # torch's own threads do not survive a fork
@@ -76,7 +84,7 @@ def test_a_child_gets_whole_tables_whatever_threads_do_in_the_parent():
         return table(ids).unique().numel(), bool(table(ids)[0, 0] != 0)
 
     begin, choice, forks = time.monotonic(), random.Random(0), 300 if SOAK else 30
-    with beside(step, bring):
+    with beside(step, bringer(other)):
         for _ in range(forks):
             time.sleep(choice.uniform(0, 0.01))
             assert in_child(look) == (1, True)
@@ -147,23 +155,16 @@ class Whole(Dataset):
 def test_workers_of_a_dataloader_beside_threads_that_train():
     """Their tables are those of one moment: all rows are the same at each, see above."""
     table, other = HashTable([32], 64), drawn()
-    optimizer, next_id = SparseAdamW({"t": table}, lr=0.1), [0]
+    optimizer = SparseAdamW({"t": table}, lr=0.1)
 
     def step() -> None:
         table(torch.arange(1500)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def bring() -> None:
-        with torch.no_grad():
-            other(torch.arange(next_id[0], next_id[0] + 3000))
-        next_id[0] += 3000
-        if next_id[0] % 60_000 == 0:
-            other.clear()  # or children would look at more and more
-
     step()
     begin, loaders, items = time.monotonic(), 60 if SOAK else 6, 0
-    with beside(step, bring):
+    with beside(step, bringer(other)):
         for _ in range(loaders):
             found = batches(Whole(table, other))
             assert found.tolist() == [1] * 20

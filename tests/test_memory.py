@@ -25,20 +25,25 @@ needs_huge_pages = pytest.mark.skipif(
 )
 
 
-def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
-    """Whether the kernel was told so of the mapping that the tensor's middle is in.
-
-    Whether it has huge pages to give is another matter, and not ours.
-    """
+def of_its_mapping(tensor: torch.Tensor, wanted: str) -> list[str]:
+    """What the kernel says under a key of the mapping that the tensor's middle is in."""
     address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
     for line in SMAPS.read_text().splitlines():
         key, *values = line.split()
         if not key.endswith(":"):
             begin, end = (int(x, 16) for x in key.split("-"))
             inside = begin <= address < end
-        elif inside and key == "VmFlags:":
-            return "hg" in values
+        elif inside and key == wanted:
+            return values
     raise AssertionError("the tensor is in no mapping of this process")
+
+
+def asks_for_huge_pages(tensor: torch.Tensor) -> bool:
+    """Whether the kernel was told so of the tensor's mapping.
+
+    Whether it has huge pages to give is another matter, and not ours.
+    """
+    return "hg" in of_its_mapping(tensor, "VmFlags:")
 
 
 def embedding_state() -> tuple[SparseAdamW, torch.nn.Parameter]:
@@ -94,16 +99,8 @@ def wait_for_movers() -> None:
 
 
 def huge_kilobytes(tensor: torch.Tensor) -> int:
-    """Kilobytes of huge pages in the mapping that the tensor's middle is in."""
-    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
-    for line in SMAPS.read_text().splitlines():
-        key, *values = line.split()
-        if not key.endswith(":"):
-            begin, end = (int(x, 16) for x in key.split("-"))
-            inside = begin <= address < end
-        elif inside and key == "AnonHugePages:":
-            return int(values[0])
-    raise AssertionError("the tensor is in no mapping of this process")
+    """Kilobytes of huge pages in the tensor's mapping."""
+    return int(of_its_mapping(tensor, "AnonHugePages:")[0])
 
 
 @needs_huge_pages
