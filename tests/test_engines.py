@@ -212,12 +212,14 @@ def test_16_bit_conversions_are_torchs(dtype):
     numba = pytest.importorskip("numba")
     from cupy_sparse_adamw.engines.cpu import _compile
 
+    scope = _compile.VALUES
+
     @numba.njit
-    def convert(narrow, wide, back):
-        for i in range(narrow.size):
-            wide[i] = _compile.load(narrow, i)
-        for i in range(back.size):
-            _compile.store(back, i, wide[i])
+    def convert(narrow, num_narrow, tag, wide, back):
+        for i in range(num_narrow):
+            wide[i] = _compile.load(narrow, i, tag, scope)
+        for i in range(wide.size):
+            _compile.store(back, i, wide[i], tag, scope)
 
     tag = type(_compile.TAGS[dtype])
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
@@ -232,7 +234,7 @@ def test_16_bit_conversions_are_torchs(dtype):
 
     narrow = every.view(torch.int16).numpy().view(tag)
     loaded, stored = wide.numpy().copy(), np.empty(wide.numel(), tag)
-    convert(narrow, loaded, stored)
+    convert(narrow.ctypes.data, narrow.size, tag(0), loaded, stored.ctypes.data)
     stored = torch.from_numpy(stored.view(np.int16)).view(dtype)
     for ours, theirs in ((torch.from_numpy(loaded)[: 2**16], exact), (stored, expected)):
         assert torch.equal(ours.isnan(), theirs.isnan())

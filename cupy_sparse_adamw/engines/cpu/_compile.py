@@ -33,6 +33,8 @@ INT64 = np.int64(0)
 FLOAT64 = np.float64(0)
 #: Tag of raw memory.
 BYTE = np.uint8(0)
+#: Bytes of a cache line.
+LINE = 64
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -278,47 +280,89 @@ def _float_to_bfloat16(typingctx, value):  # type: ignore[no-untyped-def]
     return types.int16(types.float32), codegen
 
 
-def load(array: Any, i: int) -> Any:
+#: Scopes: what is at an address that ``load`` and ``store`` get. Memory of two scopes never
+#: overlaps, so vector code need not ask, once for each row, whether it does.
+PARAM, EXP_AVG, EXP_AVG_SQ = 0, 1, 2
+#: Gradients, sums of them, and rows that were copied.
+VALUES = 3
+
+
+def _set_scope(builder: Any, access: Any, scope: int) -> None:
+    """Tell LLVM which scope an access is in (LangRef, "noalias and alias.scope metadata")."""
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "sparse_adamw")])
+    scopes = [
+        module.add_metadata([ir.MetaDataString(module, f"sparse_adamw {number}"), domain])
+        for number in (PARAM, EXP_AVG, EXP_AVG_SQ, VALUES)
+    ]
+    access.set_metadata("alias.scope", module.add_metadata([scopes.pop(scope)]))
+    access.set_metadata("noalias", module.add_metadata(scopes))
+
+
+@intrinsic(prefer_literal=True)
+def _read(typingctx, address, i, tag, scope):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(tag)))
+        value = builder.load(builder.gep(pointer, [args[1]]))
+        _set_scope(builder, value, scope.literal_value)
+        return value
+
+    return tag(types.int64, types.int64, tag, scope), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _write(typingctx, address, i, value, tag, scope):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(tag)))
+        stored = builder.store(args[2], builder.gep(pointer, [args[1]]))
+        _set_scope(builder, stored, scope.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tag, tag, scope), codegen
+
+
+def load(address: int, i: int, tag: Any, scope: int) -> Any:
     """Element i in the type that it is computed in: float32, or float64 for float64."""
     raise NotImplementedError("only inside compiled code")
 
 
-def store(array: Any, i: int, value: Any) -> None:
-    """Round ``value`` to the array's element type, to nearest even, and store it."""
+def store(address: int, i: int, value: Any, tag: Any, scope: int) -> None:
+    """Round ``value`` to the tag's element type, to nearest even, and make it element i."""
     raise NotImplementedError("only inside compiled code")
 
 
 def compiled_overload(function: Any) -> Any:
     """Decorates what chooses, by the types of arguments, the code that ``function`` stands for."""
-    return overload(function, jit_options={**_OPTIONS, "forceinline": True})
+    options = {**_OPTIONS, "forceinline": True}
+    return overload(function, jit_options=options, prefer_literal=True)
 
 
 @compiled_overload(load)
-def _load(array, i):  # type: ignore[no-untyped-def]
-    if array.dtype == types.uint16:
-        return lambda array, i: _half_to_float(array[i])
-    if array.dtype == types.int16:
-        return lambda array, i: _bfloat16_to_float(array[i])
-    return lambda array, i: array[i]
+def _load(address, i, tag, scope):  # type: ignore[no-untyped-def]
+    if tag == types.uint16:
+        return lambda address, i, tag, scope: _half_to_float(_read(address, i, tag, scope))
+    if tag == types.int16:
+        return lambda address, i, tag, scope: _bfloat16_to_float(_read(address, i, tag, scope))
+    return lambda address, i, tag, scope: _read(address, i, tag, scope)
 
 
 @compiled_overload(store)
-def _store(array, i, value):  # type: ignore[no-untyped-def]
-    if array.dtype == types.uint16:
+def _store(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
+    if tag == types.uint16:
 
-        def half(array, i, value):  # type: ignore[no-untyped-def]
-            array[i] = _float_to_half(np.float32(value))
+        def half(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
+            _write(address, i, _float_to_half(np.float32(value)), tag, scope)
 
         return half
-    if array.dtype == types.int16:
+    if tag == types.int16:
 
-        def bfloat16(array, i, value):  # type: ignore[no-untyped-def]
-            array[i] = _float_to_bfloat16(np.float32(value))
+        def bfloat16(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
+            _write(address, i, _float_to_bfloat16(np.float32(value)), tag, scope)
 
         return bfloat16
 
-    def same(array, i, value):  # type: ignore[no-untyped-def]
-        array[i] = value
+    def same(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
+        _write(address, i, cast(value, tag), tag, scope)
 
     return same
 
@@ -335,10 +379,32 @@ def _cast(value, tag):  # type: ignore[no-untyped-def]
     return lambda value, tag: np.float32(value)
 
 
+def itemsize_of(tag: Any) -> int:
+    """Bytes of an element of the tag's type: a constant in what is compiled."""
+    raise NotImplementedError("only inside compiled code")
+
+
+def per_line(tag: Any) -> int:
+    """Elements of the tag's type in a cache line: a constant in what is compiled."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(itemsize_of)
+def _itemsize_of(tag):  # type: ignore[no-untyped-def]
+    size = tag.bitwidth // 8
+    return lambda tag: size
+
+
+@compiled_overload(per_line)
+def _per_line(tag):  # type: ignore[no-untyped-def]
+    elements = 8 * LINE // tag.bitwidth
+    return lambda tag: elements
+
+
 @inline
 def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
     """Ask for ``size`` bytes."""
-    for offset in range(0, size, 64):
+    for offset in range(0, size, LINE):
         prefetch(address + offset)
 
 

@@ -5,9 +5,11 @@ moments are read once and written once; the sum stays in a thread's buffer. Sums
 they are exact for all practical purposes and their order hardly shows; the order is fixed all the
 same (SPEC §1): occurrences in order, in chunks of ``CHUNK`` counted from the run's start.
 
-Rows and gradients lie scattered in memory, so their addresses are worked out ``ahead`` sorted
-positions before they are used, and asked for then: into the second-level cache, which can have
-many more lines on their way than the first (docs/performance.md).
+Rows and gradients lie scattered in memory, so each is asked for ``ahead`` rows before it is used:
+into the second-level cache, which can have many more lines on their way than the first, and line
+by line between the elements of the row that is computed. All lines at once would fill what a core
+keeps requests in, and computing would wait for memory, then memory for computing
+(docs/performance.md).
 
 What a table does about steps that a row missed, and how it corrects bias, is known when the kernel
 is compiled (``_Tables``): a table that skips what it missed pays for none of it.
@@ -26,16 +28,22 @@ from numba import types
 from ..._types import MOMENT_DTYPE, Hyperparams, Pending, Update
 from ._compile import (
     BYTE,
+    EXP_AVG,
+    EXP_AVG_SQ,
     FLOAT64,
     INT64,
+    PARAM,
     TAGS,
+    VALUES,
     at,
     block_of,
     cast,
     compiled_overload,
     inline,
+    itemsize_of,
     jit,
     load,
+    per_line,
     prefetch,
     prefetch_bytes,
     reciprocal_of,
@@ -66,8 +74,8 @@ from .untouched import (
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
-#: Sorted positions between asking for a row and using it, at least and at most.
-MIN_AHEAD, MAX_AHEAD = 4, 32
+#: Rows between asking for one and using it, at least and at most.
+MIN_AHEAD, MAX_AHEAD = 4, 16
 #: Numbers of ``_Tables.rows`` for a table.
 ROWS_WIDTH = 8
 #: Numbers of ``_scalars``.
@@ -92,7 +100,6 @@ class _Grads(NamedTuple):
     partials: int  # [chunks, D] float64: sums of the chunks of long runs
     dim: int
     ahead: int
-    itemsize: int
     tag: Any
 
 
@@ -104,8 +111,7 @@ class _Tables(NamedTuple):
     scalars: int  # [T, SCALARS] float64, see _scalars
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
-    param_itemsize: int
-    moment_itemsize: int
+    dim: int
     param_tag: Any
     moment_tag: Any
     untouched: Any  # one of TAGS_OF
@@ -148,6 +154,15 @@ class _Rows(NamedTuple):
     first_params: int
     first_exp_avgs: int
     first_exp_avg_sqs: int
+
+
+class _Ahead(NamedTuple):
+    """Addresses of what to ask for while a row is updated: a row that comes, and a gradient."""
+
+    param: int
+    exp_avg: int
+    exp_avg_sq: int
+    grad: int
 
 
 @inline
@@ -215,7 +230,7 @@ def _pieces_of(grads, number, i):  # type: ignore[no-untyped-def]
     contiguous = True
     for piece in range(first, first + count):
         contiguous &= at(grads.pieces, 3 * piece + 2, INT64) == 1
-    row_bytes = at(grads.pieces, 3 * first + 1, INT64) * grads.itemsize
+    row_bytes = at(grads.pieces, 3 * first + 1, INT64) * itemsize_of(grads.tag)
     return _Pieces(
         end,
         first,
@@ -289,7 +304,7 @@ def _grad_at(grads, i, pieces):  # type: ignore[no-untyped-def]
     starts = grads.piece_starts + 8 * pieces.first
     piece = pieces.first + _last_at_most(position, starts, 1, pieces.num)
     place = position - at(grads.piece_starts, piece, INT64)
-    row_bytes = at(grads.pieces, 3 * piece + 1, INT64) * grads.itemsize
+    row_bytes = at(grads.pieces, 3 * piece + 1, INT64) * itemsize_of(grads.tag)
     address = at(grads.pieces, 3 * piece, INT64) + place * row_bytes
     return address, at(grads.pieces, 3 * piece + 2, INT64)
 
@@ -313,10 +328,10 @@ def _row_at(grads, i, rows):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _prefetch_grad(grads, i, pieces):  # type: ignore[no-untyped-def]
-    if i < pieces.end:
-        address, _ = _grad_at(grads, i, pieces)
-        prefetch_bytes(address, grads.dim * grads.itemsize)
+def _grad_ahead(grads, i, pieces):  # type: ignore[no-untyped-def]
+    """What to ask for while the gradient at sorted position i is used: the address of another."""
+    address, _ = _grad_at(grads, min(i + grads.ahead, pieces.end - 1), pieces)
+    return address
 
 
 def _prefetch_steps(per_row: Any, grads: _Grads, i: int, rows: _Rows, end: int) -> None:
@@ -346,36 +361,82 @@ def _prefetch_steps_in(per_row, grads, i, rows, end):  # type: ignore[no-untyped
 
 
 @inline
-def _prefetch_row(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
-    """Ask for the row at sorted position i, if it is in the table and a run begins there."""
-    if i < end and _is_head(grads, i):
-        _prefetch_steps(tables.per_row, grads, i, rows, end)
-        param, exp_avg, exp_avg_sq = _row_at(grads, i, rows)
-        prefetch_bytes(param, grads.dim * tables.param_itemsize)
-        prefetch_bytes(exp_avg, grads.dim * tables.moment_itemsize)
-        prefetch_bytes(exp_avg_sq, grads.dim * tables.moment_itemsize)
+def _prefetch_rows(grads, tables, i, rows, end):  # type: ignore[no-untyped-def]
+    """Ask for the first ``ahead`` rows and gradients from the run on that begins at i.
+
+    Returns where the run of the next row begins; ``end`` if there is none.
+    """
+    coming = i
+    for _ in range(grads.ahead):
+        if coming < end:
+            _prefetch_steps(tables.per_row, grads, coming, rows, end)
+            param, exp_avg, exp_avg_sq = _row_at(grads, coming, rows)
+            moment_bytes = grads.dim * itemsize_of(tables.moment_tag)
+            prefetch_bytes(param, grads.dim * itemsize_of(tables.param_tag))
+            prefetch_bytes(exp_avg, moment_bytes)
+            prefetch_bytes(exp_avg_sq, moment_bytes)
+            coming = _run_end(grads, coming)
+    return coming
 
 
 @inline
-def _add(total, address, stride, tag):  # type: ignore[no-untyped-def]
-    """Add a gradient to total [D] float64."""
-    dim = total.size
-    grad = view(address, (dim - 1) * stride + 1, tag)
-    for j in range(dim):
-        total[j] += load(grad, j * stride)
+def _prefetch_grads(grads, begin, end, pieces):  # type: ignore[no-untyped-def]
+    for i in range(begin, min(end, pieces.end)):
+        address, _ = _grad_at(grads, i, pieces)
+        prefetch_bytes(address, grads.dim * itemsize_of(grads.tag))
 
 
 @inline
-def _add_four(total, addresses, tag):  # type: ignore[no-untyped-def]
-    """Add four gradients to total [D] float64, one after the other."""
-    dim = total.size
-    first, second = view(addresses[0], dim, tag), view(addresses[1], dim, tag)
-    third, fourth = view(addresses[2], dim, tag), view(addresses[3], dim, tag)
-    for j in range(dim):
-        sum_ = total[j] + load(first, j)
-        sum_ += load(second, j)
-        sum_ += load(third, j)
-        total[j] = sum_ + load(fourth, j)
+def _add_strided(total, address, stride, tag):  # type: ignore[no-untyped-def]
+    """``_add`` where a gradient's columns are apart."""
+    for j in range(total.size):
+        total[j] += load(address, j * stride, tag, VALUES)
+
+
+@inline
+def _add(total, address, ahead, tag):  # type: ignore[no-untyped-def]
+    """Add a gradient to total [D] float64, and ask for the one at ``ahead``."""
+    dim, elements = total.size, per_line(tag)
+    whole = dim & -elements
+    for first in range(0, whole, elements):
+        prefetch(ahead + first * itemsize_of(tag))
+        for j in range(first, first + elements):
+            total[j] += load(address, j, tag, VALUES)
+    if whole < dim:
+        prefetch(ahead + whole * itemsize_of(tag))
+    for j in range(whole, dim):
+        total[j] += load(address, j, tag, VALUES)
+
+
+@inline
+def _add_four_elements(total, j, four, tag):  # type: ignore[no-untyped-def]
+    sum_ = total[j] + load(four[0], j, tag, VALUES)
+    sum_ += load(four[1], j, tag, VALUES)
+    sum_ += load(four[2], j, tag, VALUES)
+    total[j] = sum_ + load(four[3], j, tag, VALUES)
+
+
+@inline
+def _prefetch_four(ahead, offset):  # type: ignore[no-untyped-def]
+    prefetch(ahead[0] + offset)
+    prefetch(ahead[1] + offset)
+    prefetch(ahead[2] + offset)
+    prefetch(ahead[3] + offset)
+
+
+@inline
+def _add_four(total, four, ahead, tag):  # type: ignore[no-untyped-def]
+    """Add four gradients to total [D] float64, one after the other, and ask for four others."""
+    dim, elements = total.size, per_line(tag)
+    whole = dim & -elements
+    for first in range(0, whole, elements):
+        _prefetch_four(ahead, first * itemsize_of(tag))
+        for j in range(first, first + elements):
+            _add_four_elements(total, j, four, tag)
+    if whole < dim:
+        _prefetch_four(ahead, whole * itemsize_of(tag))
+    for j in range(whole, dim):
+        _add_four_elements(total, j, four, tag)
 
 
 @inline
@@ -386,16 +447,22 @@ def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def
     while i < end:
         address, stride = _grad_at(grads, i, pieces)
         if i + 4 <= end and pieces.contiguous:
-            for k in range(i + grads.ahead, i + 4 + grads.ahead):
-                _prefetch_grad(grads, k, pieces)
             second, _ = _grad_at(grads, i + 1, pieces)
             third, _ = _grad_at(grads, i + 2, pieces)
             fourth, _ = _grad_at(grads, i + 3, pieces)
-            _add_four(total, (address, second, third, fourth), grads.tag)
+            ahead = (
+                _grad_ahead(grads, i, pieces),
+                _grad_ahead(grads, i + 1, pieces),
+                _grad_ahead(grads, i + 2, pieces),
+                _grad_ahead(grads, i + 3, pieces),
+            )
+            _add_four(total, (address, second, third, fourth), ahead, grads.tag)
             i += 4
+        elif stride == 1:
+            _add(total, address, _grad_ahead(grads, i, pieces), grads.tag)
+            i += 1
         else:
-            _prefetch_grad(grads, i + grads.ahead, pieces)
-            _add(total, address, stride, grads.tag)
+            _add_strided(total, address, stride, grads.tag)
             i += 1
 
 
@@ -419,7 +486,8 @@ def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
     first = at(grads.long_runs, 3 * run + 2, INT64)
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
-        _add(total, grads.partials + chunk * grads.dim * 8, 1, FLOAT64)
+        partial = grads.partials + chunk * grads.dim * 8
+        _add(total, partial, partial, FLOAT64)
 
 
 @jit  # called, not compiled in: the loop that mostly has no use for it runs better without
@@ -459,30 +527,61 @@ def _corrections_in(per_row, scalars, rows, row):  # type: ignore[no-untyped-def
 
 
 @inline
-def _update_row(place, param_tag, grad, scalars, corrections, missed, tag):  # type: ignore[no-untyped-def]
+def _update_element(place, grad, j, factors, missed, tags):  # type: ignore[no-untyped-def]
+    """SPEC §1 for element j of a row, after what it missed."""
+    one_minus_beta1, one_minus_beta2, step_size, inv_sqrt_correction2, eps, decay = factors
+    param_tag, tag, grad_tag = tags
+    g = cast(load(grad, j, grad_tag, VALUES), tag)
+    w, m, v = caught_up(
+        missed,
+        load(place[0], j, param_tag, PARAM),
+        load(place[1], j, tag, EXP_AVG),
+        load(place[2], j, tag, EXP_AVG_SQ),
+    )
+    m += one_minus_beta1 * (g - m)
+    v += one_minus_beta2 * (g * g - v)
+    store(place[1], j, m, tag, EXP_AVG)
+    store(place[2], j, v, tag, EXP_AVG_SQ)
+    denom = cast(math.sqrt(v), tag) * inv_sqrt_correction2 + eps
+    store(place[0], j, w - (step_size * m / denom + decay * w), param_tag, PARAM)
+
+
+@inline
+def _prefetch_line(ahead, j, tags):  # type: ignore[no-untyped-def]
+    """Ask for element j, and what is in a cache line with it, of an ``_Ahead``."""
+    prefetch(ahead.param + j * itemsize_of(tags[0]))
+    prefetch(ahead.exp_avg + j * itemsize_of(tags[1]))
+    prefetch(ahead.exp_avg_sq + j * itemsize_of(tags[1]))
+    prefetch(ahead.grad + j * itemsize_of(tags[2]))
+
+
+@inline
+def _update_row(place, grad, dim, scalars, corrections, missed, ahead, tags):  # type: ignore[no-untyped-def]
     """SPEC §1 for one row [D]: weights, exp_avg and exp_avg_sq are at the addresses ``place``.
 
-    ``grad`` is the sum of its gradients, ``corrections`` are of ``_corrections``, ``missed`` is
-    what the row missed (``caught_up``), and the tags are of weights and of moments.
+    The sum of its gradients is at ``grad``, ``corrections`` are of ``_corrections``, ``missed`` is
+    what the row missed (``caught_up``), ``ahead`` an ``_Ahead``, and the tags are of weights,
+    moments and ``grad``.
     """
-    dim = grad.size
-    param, exp_avg = view(place[0], dim, param_tag), view(place[1], dim, tag)
-    exp_avg_sq = view(place[2], dim, tag)
-    one_minus_beta1 = cast(scalars[0], tag)
-    one_minus_beta2 = cast(scalars[1], tag)
-    step_size = cast(corrections[0], tag)
-    inv_sqrt_correction2 = cast(corrections[1], tag)
-    eps = cast(corrections[2], tag)
-    decay = cast(scalars[5], tag)  # lr * weight_decay
-    for j in range(dim):
-        g = cast(load(grad, j), tag)
-        w, m, v = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
-        m += one_minus_beta1 * (g - m)
-        v += one_minus_beta2 * (g * g - v)
-        exp_avg[j] = m
-        exp_avg_sq[j] = v
-        denom = cast(math.sqrt(v), tag) * inv_sqrt_correction2 + eps
-        store(param, j, w - (step_size * m / denom + decay * w))
+    tag = tags[1]
+    factors = (
+        cast(scalars[0], tag),  # 1 - beta1
+        cast(scalars[1], tag),  # 1 - beta2
+        cast(corrections[0], tag),
+        cast(corrections[1], tag),
+        cast(corrections[2], tag),
+        cast(scalars[5], tag),  # lr * weight_decay
+    )
+    elements = per_line(tag)
+    whole = dim & -elements
+    for first in range(0, whole, elements):
+        _prefetch_line(ahead, first, tags)
+        for j in range(first, first + elements):
+            _update_element(place, grad, j, factors, missed, tags)
+    if whole < dim:
+        _prefetch_line(ahead, whole, tags)
+    for j in range(whole, dim):
+        _update_element(place, grad, j, factors, missed, tags)
 
 
 def _step_row(
@@ -493,47 +592,56 @@ def _step_row(
     scalars: Any,
     corrections: Any,
     work: int,
+    ahead: Any,
     tables: Any,
 ) -> None:
-    """Bring the row ``row``, which is at the addresses ``place``, up to date and update it."""
+    """Bring the row ``row``, which is at the addresses ``place``, up to date and update it.
+
+    ``grad`` is the address of the sum of its gradients and the tag of that, ``work`` of room for a
+    row to replay; see ``_update_row`` for the rest.
+    """
     raise NotImplementedError("only inside compiled code")
 
 
 @compiled_overload(_step_row)
-def _step_row_in(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
-    def skip(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
-        tag = tables.moment_tag
-        _update_row(place, tables.param_tag, grad, scalars, corrections, None, tag)
+def _step_row_in(log, place, row, grad, scalars, corrections, work, ahead, tables):  # type: ignore[no-untyped-def]
+    @inline
+    def update(place, param_tag, grad, scalars, corrections, missed, ahead, tables):  # type: ignore[no-untyped-def]
+        tags = param_tag, tables.moment_tag, grad[1]
+        _update_row(place, grad[0], tables.dim, scalars, corrections, missed, ahead, tags)
+
+    def skip(log, place, row, grad, scalars, corrections, work, ahead, tables):  # type: ignore[no-untyped-def]
+        update(place, tables.param_tag, grad, scalars, corrections, None, ahead, tables)
 
     if log == types.none:
         return skip
 
-    def rules(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
-        last_step, tag = last_step_of(log, row), tables.moment_tag
+    def rules(log, place, row, grad, scalars, corrections, work, ahead, tables):  # type: ignore[no-untyped-def]
+        last_step, param_tag = last_step_of(log, row), tables.param_tag
         if last_step == log.t:
-            _update_row(place, tables.param_tag, grad, scalars, corrections, None, tag)
+            update(place, param_tag, grad, scalars, corrections, None, ahead, tables)
         else:
-            missed = missed_since(log, last_step, tag)
+            missed = missed_since(log, last_step, tables.moment_tag)
             if two_nodes_do(missed):
                 short = with_two_nodes(missed)
-                _update_row(place, tables.param_tag, grad, scalars, corrections, short, tag)
+                update(place, param_tag, grad, scalars, corrections, short, ahead, tables)
             else:
-                _update_row(place, tables.param_tag, grad, scalars, corrections, missed, tag)
+                update(place, param_tag, grad, scalars, corrections, missed, ahead, tables)
         set_last_step(log, row, log.t + 1)
 
     if kind_of(log) != REPLAY:
         return rules
 
-    def replay(log, place, row, grad, scalars, corrections, work, tables):  # type: ignore[no-untyped-def]
+    def replay(log, place, row, grad, scalars, corrections, work, ahead, tables):  # type: ignore[no-untyped-def]
         last_step, tag, param_tag = last_step_of(log, row), tables.moment_tag, tables.param_tag
         if last_step == log.t:
-            _update_row(place, param_tag, grad, scalars, corrections, None, tag)
+            update(place, param_tag, grad, scalars, corrections, None, ahead, tables)
         else:  # in the buffer, so that a 16-bit weight is rounded once
-            dim, row_bytes = grad.size, grad.size * tables.moment_itemsize
+            row_bytes = tables.dim * itemsize_of(tag)
             current = work, work + row_bytes, work + 2 * row_bytes
-            replay_row(place, work, last_step, dim, param_tag, tag, log)
-            _update_row(current, tag, grad, scalars, corrections, None, tag)
-            store_row(place, work, dim, param_tag, tag)
+            replay_row(place, work, last_step, tables.dim, param_tag, tag, log)
+            update(current, tag, grad, scalars, corrections, None, ahead, tables)
+            store_row(place, work, tables.dim, param_tag, tag)
         set_last_step(log, row, log.t + 1)
 
     return replay
@@ -545,31 +653,34 @@ def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-de
     room = tables.room + part * tables.room_bytes
     total, work = view(room, grads.dim, FLOAT64), room + 8 * grads.dim
     i, stop = _next_head(grads, begin), _next_head(grads, end)
-    ahead = grads.ahead
     while i < stop:
         number = _table_at(grads, i)
         pieces, rows = _pieces_of(grads, number, i), _rows_of(grads, tables, number)
         last = min(pieces.end, stop)
         scalars = view(tables.scalars + 8 * SCALARS * number, SCALARS, FLOAT64)
         grad_scale, is_mean = scalars[6], scalars[7] != 0.0
-        for k in range(i, i + ahead):
-            _prefetch_grad(grads, k, pieces)
-            _prefetch_row(grads, tables, k, rows, last)
+        _prefetch_grads(grads, i, i + grads.ahead, pieces)
+        coming = _prefetch_rows(grads, tables, i, rows, last)
         while i < last:
             place, row = _row_at(grads, i, rows), _key(grads, i) - rows.first_key
             corrections = _corrections(tables.per_row, scalars, rows, row)
             address, stride = _grad_at(grads, i, pieces)
             run_end = _run_end(grads, i)
-            for k in range(i + ahead, run_end + ahead):
-                _prefetch_row(grads, tables, k, rows, last)
+            next_place = place
+            if coming < last:
+                _prefetch_steps(tables.per_row, grads, coming, rows, last)
+                next_place = _row_at(grads, coming, rows)
+                coming = _run_end(grads, coming)
             if run_end == i + 1 and stride == 1 and grad_scale == 1.0:  # needs no buffer
-                _prefetch_grad(grads, i + ahead, pieces)
-                grad = view(address, grads.dim, grads.tag)
-                _step_row(rows.log, place, row, grad, scalars, corrections, work, tables)
+                ahead = _Ahead(*next_place, _grad_ahead(grads, i, pieces))
+                grad = address, grads.tag
+                _step_row(rows.log, place, row, grad, scalars, corrections, work, ahead, tables)
             else:
                 scale = grad_scale / (run_end - i) if is_mean else grad_scale
                 _sum_run(total, i, run_end, scale, grads, pieces)
-                _step_row(rows.log, place, row, total, scalars, corrections, work, tables)
+                ahead = _Ahead(*next_place, address)
+                grad = room, FLOAT64
+                _step_row(rows.log, place, row, grad, scalars, corrections, work, ahead, tables)
             i = run_end
     return 0
 
@@ -603,7 +714,6 @@ def _store_sums(  # type: ignore[no-untyped-def]
     """Rows and sums of one table's runs that begin in [begin, end), from ``places[part]`` on."""
     total = np.empty(grads.dim)
     place = places[part]
-    values = view(values, rows.size * grads.dim, grads.tag)
     pieces = _pieces_of(grads, 0, 0)
     i, stop = _next_head(grads, begin), _next_head(grads, end)
     while i < stop:
@@ -611,7 +721,7 @@ def _store_sums(  # type: ignore[no-untyped-def]
         _sum_run(total, i, run_end, scale / (run_end - i) if mean else scale, grads, pieces)
         rows[place] = _key(grads, i)
         for j in range(grads.dim):
-            store(values, place * grads.dim + j, total[j])
+            store(values, place * grads.dim + j, total[j], grads.tag, VALUES)
         place += 1
         i = run_end
     return 0
@@ -634,7 +744,6 @@ def _with_chunks_summed(segments: Segments) -> _Grads:
         partials.ctypes.data,
         segments.dim,
         min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
-        itemsize,
         TAGS[segments.grad_dtype],
     )
     if len(partials):
@@ -727,8 +836,7 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
         scalars_array.ctypes.data,
         room.ctypes.data,
         room_bytes,
-        dtype.itemsize,
-        moment_dtype.itemsize,
+        dim,
         TAGS[dtype],
         TAGS[moment_dtype],
         TAGS_OF[kind.untouched],

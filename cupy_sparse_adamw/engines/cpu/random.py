@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..._types import Distribution, Slot
-from ._compile import TAGS, jit, reciprocal_of, row_address, store, view
+from ._compile import PARAM, TAGS, jit, reciprocal_of, row_address, store
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
 
@@ -194,15 +194,14 @@ def _fill_rows(  # type: ignore[no-untyped-def]
         i, group = first, first_group
         address = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
         for k in range(count):
-            row = view(address, dim, tag)
             j = 4 * group
-            store(row, j, x[k])
+            store(address, j, x[k], tag, PARAM)
             if j + 1 < dim:
-                store(row, j + 1, x[k + TILE])
+                store(address, j + 1, x[k + TILE], tag, PARAM)
             if j + 2 < dim:
-                store(row, j + 2, x[k + 2 * TILE])
+                store(address, j + 2, x[k + 2 * TILE], tag, PARAM)
             if j + 3 < dim:
-                store(row, j + 3, x[k + 3 * TILE])
+                store(address, j + 3, x[k + 3 * TILE], tag, PARAM)
             group += 1
             if group == groups:
                 i, group = i + 1, 0

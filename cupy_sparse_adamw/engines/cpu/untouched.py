@@ -23,18 +23,24 @@ from numba import types
 from ..._types import MOMENT_DTYPE, RULE_CHUNK, RULE_NODES, RULE_WIDTH, STEP_WIDTH, Lagging, Missed
 from ._compile import (
     BYTE,
+    EXP_AVG,
+    EXP_AVG_SQ,
     FLOAT64,
     INT64,
+    PARAM,
     TAGS,
+    VALUES,
     at,
     block_of,
     cast,
     compiled_overload,
     copy_bytes,
     inline,
+    itemsize_of,
     jit,
     load,
     multiply_add,
+    per_line,
     prefetch,
     prefetch_bytes,
     reciprocal_of,
@@ -368,15 +374,13 @@ def replay_row(row, work, last_step, dim, param_tag, tag, log):  # type: ignore[
         tag: of moments.
         log: what there is to replay.
     """
-    weights = view(row[0], dim, param_tag)
-    old_avg, old_avg_sq = view(row[1], dim, tag), view(row[2], dim, tag)
     param = view(work, dim, tag)
     exp_avg = view(work + dim * param.itemsize, dim, tag)
     exp_avg_sq = view(work + 2 * dim * param.itemsize, dim, tag)
     for j in range(dim):
-        param[j] = load(weights, j)
-        exp_avg[j] = old_avg[j]
-        exp_avg_sq[j] = old_avg_sq[j]
+        param[j] = load(row[0], j, param_tag, PARAM)
+        exp_avg[j] = load(row[1], j, tag, EXP_AVG)
+        exp_avg_sq[j] = load(row[2], j, tag, EXP_AVG_SQ)
     last_moving = min(log.t, last_step + log.window)
     for number in range(last_step - log.first, last_moving - log.first):
         step = log.steps + number * (8 * STEP_WIDTH)
@@ -403,9 +407,9 @@ def replay_row(row, work, last_step, dim, param_tag, tag, log):  # type: ignore[
 @inline
 def store_row(row, work, dim, param_tag, tag):  # type: ignore[no-untyped-def]
     """Move a row from ``work`` to its addresses; see ``replay_row``."""
-    param, weights = view(work, dim, tag), view(row[0], dim, param_tag)
+    param = view(work, dim, tag)
     for j in range(dim):
-        store(weights, j, param[j])
+        store(row[0], j, param[j], param_tag, PARAM)
     row_bytes = dim * param.itemsize
     copy_bytes(row[1], work + row_bytes, row_bytes)
     copy_bytes(row[2], work + 2 * row_bytes, row_bytes)
@@ -470,58 +474,50 @@ class _Table(NamedTuple):
     exp_avg_sq_bytes: int
     dim: int
     work: int  # [parts, 3, dim] of the moments' type, if there is anything to replay
-    param_itemsize: int
-    moment_itemsize: int
-    param_tag: Any
-    moment_tag: Any
+    tags: Any  # of weights and of moments
 
 
-@inline
-def _param_at(table, row):  # type: ignore[no-untyped-def]
-    log = table.log
-    return _place(table.params, log.block_size, log.reciprocal, row, table.param_bytes)
+class _Place(NamedTuple):
+    """Addresses of a row, and the step of its last update.
+
+    Where moments do not matter, in mode "decay" and of a row that is up to date, theirs are the
+    weights'.
+    """
+
+    param: int
+    exp_avg: int
+    exp_avg_sq: int
+    last_step: int
 
 
-@inline
-def _row_at(table, row):  # type: ignore[no-untyped-def]
-    """Addresses of a row's weights, exp_avg and exp_avg_sq."""
-    log = table.log
-    return (
-        _param_at(table, row),
-        _place(table.exp_avgs, log.block_size, log.reciprocal, row, table.exp_avg_bytes),
-        _place(table.exp_avg_sqs, log.block_size, log.reciprocal, row, table.exp_avg_sq_bytes),
-    )
-
-
-def _addresses(table: Any, row: int) -> Any:
-    """``_row_at``; in mode "decay" moments may have no memory: three times the weights'."""
+def _place_of(table: Any, block: int, row: int, param: int, last_step: int) -> Any:
+    """The ``_Place`` of a row that is behind, the ``row``-th of a block."""
     raise NotImplementedError("only inside compiled code")
 
 
-@compiled_overload(_addresses)
-def _addresses_in(table, row):  # type: ignore[no-untyped-def]
+@compiled_overload(_place_of)
+def _place_of_in(table, block, row, param, last_step):  # type: ignore[no-untyped-def]
     if kind_of(table.types[0]) == DECAY:
-
-        def weights(table, row):  # type: ignore[no-untyped-def]
-            param = _param_at(table, row)
-            return param, param, param
-
-        return weights
-    return lambda table, row: _row_at(table, row)
+        return lambda table, block, row, param, last_step: _Place(param, param, param, last_step)
+    return lambda table, block, row, param, last_step: _Place(
+        param,
+        at(table.exp_avgs, block, INT64) + row * table.exp_avg_bytes,
+        at(table.exp_avg_sqs, block, INT64) + row * table.exp_avg_sq_bytes,
+        last_step,
+    )
 
 
 @inline
-def _prefetch_row(table, row):  # type: ignore[no-untyped-def]
-    """Ask for what bringing a row up to date will read; its last step should be in cache."""
-    last_step = last_step_of(table.log, row)
-    if last_step == table.log.t:
-        prefetch_bytes(_param_at(table, row), table.dim * table.param_itemsize)
-    else:
-        param, exp_avg, exp_avg_sq = _addresses(table, row)
-        prefetch_bytes(param, table.dim * table.param_itemsize)
-        prefetch_bytes(exp_avg, table.dim * table.moment_itemsize)
-        prefetch_bytes(exp_avg_sq, table.dim * table.moment_itemsize)
-        prefetch_missed(table.log, last_step)
+def _find_place(table, row):  # type: ignore[no-untyped-def]
+    log, block = table.log, np.int64(0)
+    if row >= log.block_size:  # never so in an Embedding
+        block = block_of(row, log.reciprocal)
+        row -= block * log.block_size
+    last_step = np.int64(at(at(log.last_steps, block, INT64), row, INT32))
+    param = at(table.params, block, INT64) + row * table.param_bytes
+    if last_step == log.t:
+        return _Place(param, param, param, last_step)
+    return _place_of(table, block, row, param, last_step)
 
 
 @inline
@@ -531,127 +527,169 @@ def _prefetch_last_step(table, row):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _read_current(table, places, missed, target):  # type: ignore[no-untyped-def]
-    """Store a row's weights after what it missed at an address."""
-    dim = table.dim
-    param = view(places[0], dim, table.param_tag)
-    exp_avg = view(places[1], dim, table.moment_tag)
-    exp_avg_sq = view(places[2], dim, table.moment_tag)
-    result = view(target, dim, table.param_tag)
-    for j in range(dim):
-        w, _, _ = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
-        store(result, j, w)
+def _prefetch_place(table, place):  # type: ignore[no-untyped-def]
+    """Ask for what will be read of a row, and for what it missed."""
+    param_tag, moment_tag = table.tags
+    prefetch_bytes(place.param, table.dim * itemsize_of(param_tag))
+    if place.exp_avg != place.param:
+        prefetch_bytes(place.exp_avg, table.dim * itemsize_of(moment_tag))
+        prefetch_bytes(place.exp_avg_sq, table.dim * itemsize_of(moment_tag))
+    if place.last_step != table.log.t:
+        prefetch_missed(table.log, place.last_step)
 
 
 @inline
-def _catch_up_in_place(table, places, missed):  # type: ignore[no-untyped-def]
-    """Change a row's weights and moments by what it missed."""
-    dim = table.dim
-    param = view(places[0], dim, table.param_tag)
-    exp_avg = view(places[1], dim, table.moment_tag)
-    exp_avg_sq = view(places[2], dim, table.moment_tag)
-    for j in range(dim):
-        w, m, v = caught_up(missed, load(param, j), exp_avg[j], exp_avg_sq[j])
-        store(param, j, w)
-        exp_avg[j] = m
-        exp_avg_sq[j] = v
+def _prefetch_line(ahead, j, tags):  # type: ignore[no-untyped-def]
+    """Ask for element j, and what is in a cache line with it, of a row that comes."""
+    prefetch(ahead.param + j * itemsize_of(tags[0]))
+    prefetch(ahead.exp_avg + j * itemsize_of(tags[1]))
+    prefetch(ahead.exp_avg_sq + j * itemsize_of(tags[1]))
 
 
-def _current_weights(table: Any, row: int, last_step: int, part: int, target: int) -> None:
-    """Store a row's weights, brought up to date, at an address."""
+def _store_element(target: Any, place: Any, j: int, moved: Any, missed: Any, tags: Any) -> None:
+    """Store an element's weight at the address ``target``; weight and moments in place if None."""
     raise NotImplementedError("only inside compiled code")
 
 
-@compiled_overload(_current_weights)
-def _current_weights_in(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
-    kind = kind_of(table.types[0])
-    if kind == DECAY:
+@compiled_overload(_store_element)
+def _store_element_in(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
+    def weight(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
+        store(target, j, moved[0], tags[0], VALUES)
 
-        def decay(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
-            param = view(_param_at(table, row), table.dim, table.param_tag)
-            result = view(target, table.dim, table.param_tag)
-            missed = missed_since(table.log, last_step, table.moment_tag)
-            for j in range(table.dim):
-                w = load(param, j)
-                store(result, j, w + missed.decay * w)
+    def weight_in_place(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
+        store(place.param, j, moved[0], tags[0], PARAM)
 
-        return decay
-    if kind == DENSE:
+    def all_in_place(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
+        store(place.param, j, moved[0], tags[0], PARAM)
+        store(place.exp_avg, j, moved[1], tags[1], EXP_AVG)
+        store(place.exp_avg_sq, j, moved[2], tags[1], EXP_AVG_SQ)
 
-        def dense(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
-            missed = missed_since(table.log, last_step, table.moment_tag)
-            if two_nodes_do(missed):
-                _read_current(table, _row_at(table, row), with_two_nodes(missed), target)
-            else:
-                _read_current(table, _row_at(table, row), missed, target)
+    if target != types.none:
+        return weight
+    return weight_in_place if missed.instance_class is _Decay else all_in_place
 
-        return dense
 
-    def replay(table, row, last_step, part, target):  # type: ignore[no-untyped-def]
-        dim, places = table.dim, _row_at(table, row)
-        work = table.work + part * 3 * dim * table.moment_itemsize
-        replay_row(places, work, last_step, dim, table.param_tag, table.moment_tag, table.log)
-        param, result = view(work, dim, table.moment_tag), view(target, dim, table.param_tag)
-        for j in range(dim):
-            store(result, j, param[j])
+@inline
+def _move_element(target, place, j, missed, tags):  # type: ignore[no-untyped-def]
+    moved = caught_up(
+        missed,
+        load(place.param, j, tags[0], PARAM),
+        load(place.exp_avg, j, tags[1], EXP_AVG),
+        load(place.exp_avg_sq, j, tags[1], EXP_AVG_SQ),
+    )
+    _store_element(target, place, j, moved, missed, tags)
 
-    return replay
+
+@inline
+def _move_row(target, place, dim, missed, ahead, tags):  # type: ignore[no-untyped-def]
+    """Bring a row up to date, and ask for the row at ``ahead`` while that is computed."""
+    elements = per_line(tags[1])
+    whole = dim & -elements
+    for first in range(0, whole, elements):
+        _prefetch_line(ahead, first, tags)
+        for j in range(first, first + elements):
+            _move_element(target, place, j, missed, tags)
+    if whole < dim:
+        _prefetch_line(ahead, whole, tags)
+    for j in range(whole, dim):
+        _move_element(target, place, j, missed, tags)
+
+
+def _store_work(target: Any, place: Any, work: int, table: Any) -> None:
+    """Move a row from ``work``: its weights to ``target``, or all of it in place if None."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_store_work)
+def _store_work_in(target, place, work, table):  # type: ignore[no-untyped-def]
+    def in_place(target, place, work, table):  # type: ignore[no-untyped-def]
+        store_row(place, work, table.dim, table.tags[0], table.tags[1])
+
+    def weights(target, place, work, table):  # type: ignore[no-untyped-def]
+        param = view(work, table.dim, table.tags[1])
+        for j in range(table.dim):
+            store(target, j, param[j], table.tags[0], VALUES)
+
+    return in_place if target == types.none else weights
+
+
+def _bring_up_to_date(target: Any, table: Any, place: Any, part: int, ahead: Any) -> None:
+    """Bring a row that is behind up to date, and ask for the row at ``ahead``.
+
+    Its weights go to the address ``target``; if that is None, weights and moments change in place.
+    """
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_bring_up_to_date)
+def _bring_up_to_date_in(target, table, place, part, ahead):  # type: ignore[no-untyped-def]
+    def decay(target, table, place, part, ahead):  # type: ignore[no-untyped-def]
+        missed = missed_since(table.log, place.last_step, table.tags[1])
+        _prefetch_place(table, ahead)  # at once: there is next to nothing to compute meanwhile
+        for j in range(table.dim):
+            _move_element(target, place, j, missed, table.tags)
+
+    def dense(target, table, place, part, ahead):  # type: ignore[no-untyped-def]
+        missed = missed_since(table.log, place.last_step, table.tags[1])
+        if ahead.last_step != table.log.t:
+            prefetch_missed(table.log, ahead.last_step)
+        if two_nodes_do(missed):
+            _move_row(target, place, table.dim, with_two_nodes(missed), ahead, table.tags)
+        else:
+            _move_row(target, place, table.dim, missed, ahead, table.tags)
+
+    def replay(target, table, place, part, ahead):  # type: ignore[no-untyped-def]
+        param_tag, tag = table.tags
+        _prefetch_place(table, ahead)
+        work = table.work + part * 3 * table.dim * itemsize_of(tag)
+        replay_row(place, work, place.last_step, table.dim, param_tag, tag, table.log)
+        _store_work(target, place, work, table)
+
+    return {DECAY: decay, DENSE: dense, REPLAY: replay}[kind_of(table.types[0])]
+
+
+@inline
+def _note_place(places, k, place):  # type: ignore[no-untyped-def]
+    places[k, 0], places[k, 1] = place.param, place.exp_avg
+    places[k, 2], places[k, 3] = place.exp_avg_sq, place.last_step
+
+
+@inline
+def _noted_place(places, k):  # type: ignore[no-untyped-def]
+    return _Place(places[k, 0], places[k, 1], places[k, 2], places[k, 3])
 
 
 @jit
 def _gather_current(part, begin, end, table, rows, target):  # type: ignore[no-untyped-def]
-    row_bytes = table.dim * table.param_itemsize
-    for i in range(begin, min(begin + AHEAD, end)):
+    row_bytes = table.dim * itemsize_of(table.tags[0])
+    places = np.empty((2 * AHEAD, 4), np.int64)  # of rows i to i + AHEAD: row k's is k % 2 AHEAD
+    for i in range(begin, min(begin + 2 * AHEAD, end)):
         if rows[i] >= 0:
             _prefetch_last_step(table, rows[i])
-    for i in range(begin - AHEAD, end):
+    for i in range(begin, min(begin + AHEAD, end)):
+        if rows[i] >= 0:
+            place = _find_place(table, rows[i])
+            _note_place(places, i & (2 * AHEAD - 1), place)
+            _prefetch_place(table, place)
+    for i in range(begin, end):
         if i + 2 * AHEAD < end and rows[i + 2 * AHEAD] >= 0:
             _prefetch_last_step(table, rows[i + 2 * AHEAD])
-        if i + AHEAD < end and rows[i + AHEAD] >= 0:
-            _prefetch_row(table, rows[i + AHEAD])
-        if i < begin:
+        place = _noted_place(places, i & (2 * AHEAD - 1))  # of no use if the row is missing
+        ahead = place
+        is_coming = i + AHEAD < end and rows[i + AHEAD] >= 0
+        if is_coming:
+            ahead = _find_place(table, rows[i + AHEAD])
+            _note_place(places, (i + AHEAD) & (2 * AHEAD - 1), ahead)
+        if rows[i] >= 0 and place.last_step != table.log.t:
+            _bring_up_to_date(target + i * row_bytes, table, place, part, ahead)
             continue
-        row, place = rows[i], target + i * row_bytes
-        if row < 0:
-            view(place, row_bytes, BYTE)[:] = 0
-            continue
-        last_step = last_step_of(table.log, row)
-        if last_step == table.log.t:
-            copy_bytes(place, _param_at(table, row), row_bytes)
+        if is_coming:
+            _prefetch_place(table, ahead)
+        if rows[i] >= 0:
+            copy_bytes(target + i * row_bytes, place.param, row_bytes)
         else:
-            _current_weights(table, row, last_step, part, place)
+            view(target + i * row_bytes, row_bytes, BYTE)[:] = 0
     return 0
-
-
-def _catch_up_row(table: Any, row: int, last_step: int, part: int) -> None:
-    """Bring a row's weights and moments up to date in place."""
-    raise NotImplementedError("only inside compiled code")
-
-
-@compiled_overload(_catch_up_row)
-def _catch_up_row_in(table, row, last_step, part):  # type: ignore[no-untyped-def]
-    kind = kind_of(table.types[0])
-    if kind == DENSE:
-
-        def dense(table, row, last_step, part):  # type: ignore[no-untyped-def]
-            missed = missed_since(table.log, last_step, table.moment_tag)
-            if two_nodes_do(missed):
-                _catch_up_in_place(table, _row_at(table, row), with_two_nodes(missed))
-            else:
-                _catch_up_in_place(table, _row_at(table, row), missed)
-
-        return dense
-
-    def decay(table, row, last_step, part):  # type: ignore[no-untyped-def]
-        _current_weights(table, row, last_step, part, _param_at(table, row))
-
-    def replay(table, row, last_step, part):  # type: ignore[no-untyped-def]
-        dim, place = table.dim, _row_at(table, row)
-        work = table.work + part * 3 * dim * table.moment_itemsize
-        replay_row(place, work, last_step, dim, table.param_tag, table.moment_tag, table.log)
-        store_row(place, work, dim, table.param_tag, table.moment_tag)
-
-    return decay if kind == DECAY else replay
 
 
 @inline
@@ -666,7 +704,7 @@ def _part_of(row, parts):  # type: ignore[no-untyped-def]
 def _catch_up(part, begin, end, table, rows, parts, num_rows):  # type: ignore[no-untyped-def]
     """Catch up those of all ``rows`` that parts [begin, end) have."""
     t = table.log.t
-    mine = np.empty(COLLECTED, np.int64)
+    mine, places = np.empty(COLLECTED, np.int64), np.empty((COLLECTED, 4), np.int64)
     i = 0
     while i < rows.size:
         count = 0
@@ -679,14 +717,21 @@ def _catch_up(part, begin, end, table, rows, parts, num_rows):  # type: ignore[n
                     mine[count] = row
                     count += 1
                     _prefetch_last_step(table, row)
-        for k in range(-AHEAD, count):
+        for k in range(min(AHEAD, count)):
+            place = _find_place(table, mine[k])
+            _note_place(places, k, place)
+            _prefetch_place(table, place)
+        for k in range(count):
+            place = _noted_place(places, k)
+            ahead = place
             if k + AHEAD < count:
-                _prefetch_row(table, mine[k + AHEAD])
-            if k >= 0:
-                last_step = last_step_of(table.log, mine[k])
-                if last_step != t:  # a row that is named twice is current by now
-                    _catch_up_row(table, mine[k], last_step, part)
-                    set_last_step(table.log, mine[k], t)
+                ahead = _find_place(table, mine[k + AHEAD])
+                _note_place(places, k + AHEAD, ahead)
+            if last_step_of(table.log, mine[k]) != t:  # a row named twice is current by now
+                _bring_up_to_date(None, table, place, part, ahead)
+                set_last_step(table.log, mine[k], t)
+            else:
+                _prefetch_place(table, ahead)
     return 0
 
 
@@ -706,10 +751,7 @@ def _table(lagging: Lagging, parts: int) -> tuple[_Table, list[Any]]:
         lagging.exp_avg_sq.row_bytes,
         param.dim,
         work.ctypes.data,
-        param.dtype.itemsize,
-        dtype.itemsize,
-        TAGS[param.dtype],
-        TAGS[dtype],
+        (TAGS[param.dtype], TAGS[dtype]),
     )
     return table, [tails, work]
 
