@@ -297,11 +297,11 @@ def test_parts_are_run_by_whatever_threads_there_are(monkeypatch):
     monkeypatch.setattr(_threads, "_threads", [])
     monkeypatch.setattr(_threads, "_jobs", queue.SimpleQueue())
     expected = [(part, 10 * part // 7, 10 * (part + 1) // 7) for part in range(7)]
-    assert _threads.run_parts(lambda *args: args, 10, 7) == expected
+    assert _threads.run_parts(lambda *args: args, _threads.cuts(10, 7)) == expected
     assert _threads._threads == []
     _threads.start_threads(2)
     assert len(_threads._threads) == 1
-    assert _threads.run_parts(lambda *args: args, 10, 7) == expected
+    assert _threads.run_parts(lambda *args: args, _threads.cuts(10, 7)) == expected
     _threads.start_threads(7)
     assert len(_threads._threads) == 2
     assert _threads.parallel_for(lambda *args: args, 10, 7) == expected

@@ -358,17 +358,21 @@ def test_extreme_elements(engine, mode, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_many_rows_and_repeats(engine, mode, dtype):
-    """Enough for every thread; each row's repeats fall to several of them."""
+@pytest.mark.parametrize("dim", [9, 16, 33])  # cache lines of moments: a part, one, two and a part
+def test_many_rows_and_repeats(engine, mode, dtype, dim):
+    """Enough for every thread; each row's repeats fall to several of them; some are current."""
     settings = [Setting()] * 60
     missed = logged(settings)
     size = 400 if engine == "emulated" else 20_000
     last_step = torch.randint(30, 61, (size,)).tolist()
-    table = random_table(missed, last_step, dtype, dim=9, block_size=1024)
+    table = random_table(missed, last_step, dtype, dim, block_size=1024)
     rows = torch.randint(0, size, (2 * size,))
+    rows[torch.rand(2 * size) < 0.1] = MISSING
     before, current = table.values(), functional.gather_current(table.lagging(mode), rows)
     functional.catch_up_(table.lagging(mode), rows)
     after = table.values()
+    assert not current[rows == MISSING].any()
+    current, rows = current[rows != MISSING], rows[rows != MISSING]
     assert torch.equal(bits(after[0][rows]), bits(current))
     untouched = torch.ones(size, dtype=torch.bool)
     untouched[rows] = False

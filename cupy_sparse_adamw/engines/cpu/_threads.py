@@ -141,14 +141,18 @@ def parallel_for(kernel: Callable[..., int], size: int, parts: int, *args: Any) 
     """
     if parts > 1:
         start_threads(parts)
-    return run_parts(kernel, size, parts, *args)
+    return run_parts(kernel, cuts(size, parts), *args)
 
 
-def run_parts(kernel: Callable[..., int], size: int, parts: int, *args: Any) -> list[int]:
-    """``parallel_for`` with the threads that have been started: it does with any number of them."""
+def run_parts(kernel: Callable[..., int], cuts: list[int], *args: Any) -> list[int]:
+    """``parallel_for`` between given cuts, with the threads that have been started.
+
+    It does with any number of them.
+    """
+    parts = len(cuts) - 1
     if parts == 1:
-        return [kernel(0, 0, size, *args)]
-    job = _Job(kernel, cuts(size, parts), args)
+        return [kernel(0, *cuts, *args)]
+    job = _Job(kernel, cuts, args)
     for _ in range(min(torch.get_num_threads(), parts, len(_threads) + 1) - 1):
         _jobs.put(job)
     return job.run()

@@ -50,7 +50,7 @@ from ._compile import (
     store,
     view,
 )
-from ._threads import num_parts, parallel_for, run_parts, start_threads
+from ._threads import cuts, num_parts, parallel_for, run_parts, start_threads
 from .segment import CHUNK, Segments, segment
 from .untouched import (
     INT32,
@@ -672,13 +672,14 @@ def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-de
                 next_place = _row_at(grads, coming, rows)
                 coming = _run_end(grads, coming)
             if run_end == i + 1 and stride == 1 and grad_scale == 1.0:  # needs no buffer
-                ahead = _Ahead(*next_place, _grad_ahead(grads, i, pieces))
+                next_grad = _grad_ahead(grads, i, pieces)
+                ahead = _Ahead(next_place[0], next_place[1], next_place[2], next_grad)
                 grad = address, grads.tag
                 _step_row(rows.log, place, row, grad, scalars, corrections, work, ahead, tables)
             else:
                 scale = grad_scale / (run_end - i) if is_mean else grad_scale
                 _sum_run(total, i, run_end, scale, grads, pieces)
-                ahead = _Ahead(*next_place, address)
+                ahead = _Ahead(next_place[0], next_place[1], next_place[2], address)
                 grad = room, FLOAT64
                 _step_row(rows.log, place, row, grad, scalars, corrections, work, ahead, tables)
             i = run_end
@@ -852,14 +853,28 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
         _compiled.add(variant)
     if parts > 1:
         start_threads(parts)
+    part_cuts = _cuts(segments, parts)
     # Kernels know addresses: what is there lives as long as the function.
     kept = (rows_array, scalars_array, room, logs, row_steps, segments, updates)
 
     def apply(kept: Any = kept) -> None:
-        run_parts(_update_runs, size, parts, grads, tables)
+        run_parts(_update_runs, part_cuts, grads, tables)
         _advance_steps(steps)
 
     return apply
+
+
+def _cuts(segments: Segments, parts: int) -> list[int]:
+    """Where to cut sorted positions into parts of as much work.
+
+    A long run is none to speak of: its chunks have been summed before.
+    """
+    size, long_runs = segments.words.size, segments.long_runs.tolist()
+    result = cuts(size - sum(end - begin for begin, end, _ in long_runs), parts)
+    for begin, end, _ in long_runs:
+        result = [cut if cut <= begin else cut + end - begin for cut in result]
+    result[-1] = size  # a long run may be the last
+    return result
 
 
 def _logs(updates: Sequence[Update], untouched: str) -> tuple[list[Any], int]:
