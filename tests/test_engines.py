@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 
 import numpy as np
@@ -305,6 +306,27 @@ def test_parts_are_run_by_whatever_threads_there_are(monkeypatch):
     _threads.start_threads(7)
     assert len(_threads._threads) == 2
     assert _threads.parallel_for(lambda *args: args, 10, 7) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "long_runs", "parts", "expected"),
+    [
+        (10, [], 2, [0, 5, 10]),
+        (10, [(0, 10)], 2, [0, 0, 10]),
+        (12, [(0, 8)], 2, [0, 10, 12]),
+        (12, [(4, 12)], 2, [0, 2, 12]),
+        (12, [(2, 10)], 2, [0, 2, 12]),  # a cut right before a run stays there
+        (20, [(2, 8), (8, 14)], 4, [0, 2, 16, 18, 20]),
+        (20, [(3, 8), (12, 17)], 5, [0, 2, 9, 11, 18, 20]),
+        (12, [(0, 8)], 1, [0, 12]),
+    ],
+)
+def test_long_runs_count_as_no_work(size, long_runs, parts, expected):
+    from cupy_sparse_adamw.engines.cpu import adamw
+
+    runs = np.array([(*run, 0) for run in long_runs], dtype=np.int64).reshape(-1, 3)
+    segments = types.SimpleNamespace(words=np.empty(size), long_runs=runs)
+    assert adamw._cuts(segments, parts) == expected
 
 
 def test_a_helper_that_comes_late_finds_nothing_to_do():

@@ -35,6 +35,9 @@ FLOAT64 = np.float64(0)
 BYTE = np.uint8(0)
 #: Bytes of a cache line.
 LINE = 64
+#: Elements that are computed between asking for cache lines: one of float32, two of float64. Loops
+#: over so many become vector code; over 8 float64 they do not, nor where the number is unknown.
+TURN = 16
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -281,7 +284,8 @@ def _float_to_bfloat16(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 #: Scopes: what is at an address that ``load`` and ``store`` get. Memory of two scopes never
-#: overlaps, so vector code need not ask, once for each row, whether it does.
+#: overlaps, so vector code need not ask, once for each row, whether it does. Whatever else is read
+#: or written may be anywhere.
 PARAM, EXP_AVG, EXP_AVG_SQ = 0, 1, 2
 #: Gradients, sums of them, and rows that were copied.
 VALUES = 3
@@ -384,21 +388,10 @@ def itemsize_of(tag: Any) -> int:
     raise NotImplementedError("only inside compiled code")
 
 
-def per_line(tag: Any) -> int:
-    """Elements of the tag's type in a cache line: a constant in what is compiled."""
-    raise NotImplementedError("only inside compiled code")
-
-
 @compiled_overload(itemsize_of)
 def _itemsize_of(tag):  # type: ignore[no-untyped-def]
     size = tag.bitwidth // 8
     return lambda tag: size
-
-
-@compiled_overload(per_line)
-def _per_line(tag):  # type: ignore[no-untyped-def]
-    elements = 8 * LINE // tag.bitwidth
-    return lambda tag: elements
 
 
 @inline
@@ -406,6 +399,24 @@ def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
     """Ask for ``size`` bytes."""
     for offset in range(0, size, LINE):
         prefetch(address + offset)
+
+
+def prefetch_turn(address: int, first: int, tag: Any) -> None:
+    """Ask for elements [first, first + TURN) of the array of the tag's type at ``address``."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(prefetch_turn)
+def _prefetch_turn(address, first, tag):  # type: ignore[no-untyped-def]
+    size = tag.bitwidth // 8
+    if TURN * size <= LINE:
+        return lambda address, first, tag: prefetch(address + first * size)
+
+    def lines(address, first, tag):  # type: ignore[no-untyped-def]
+        prefetch(address + first * size)
+        prefetch(address + first * size + LINE)
+
+    return lines
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,16 +11,14 @@ kernels for tables that skip what they missed get None in place of a ``Log``.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import types
 
-from ..._types import MOMENT_DTYPE, RULE_CHUNK, RULE_NODES, RULE_WIDTH, STEP_WIDTH, Lagging, Missed
+from ..._types import MOMENT_DTYPE, RULE_CHUNK, RULE_WIDTH, STEP_WIDTH, Lagging, Missed
 from ._compile import (
     BYTE,
     EXP_AVG,
@@ -29,6 +27,7 @@ from ._compile import (
     INT64,
     PARAM,
     TAGS,
+    TURN,
     VALUES,
     at,
     block_of,
@@ -40,9 +39,9 @@ from ._compile import (
     jit,
     load,
     multiply_add,
-    per_line,
     prefetch,
     prefetch_bytes,
+    prefetch_turn,
     reciprocal_of,
     store,
     view,
@@ -57,21 +56,17 @@ DECAY, DENSE, REPLAY = types.int8, types.int16, types.int32
 #: Tag of an array of steps.
 INT32 = np.int32(0)
 
-#: Elements a thread takes at the least, and rows asked for ahead.
+#: Elements a thread takes at the least, and rows asked for ahead: a power of two.
 GRAIN_ELEMENTS = 32768
 AHEAD = 16
 #: Neighbouring rows that one thread catches up (a cache line of last steps), and how many rows it
 #: collects before it does.
 BAND, COLLECTED = 16, 256
-#: Entries of the rules that are extended together; a tile of them takes 11 KiB.
-TILE = 64
 #: Two nodes of a rule are off by at most a sixth of e_1 e_2, relative to the motion (computed for
 #: the betas of docs/untouched.md); they do where that is less than float32 shows.
 TWO_NODES_FROM = 5e-7
 #: The least c with whose square float32 computes.
 LEAST_SQUARED = 1e-15
-#: The least c of a rule.
-SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Log(NamedTuple):
@@ -509,6 +504,7 @@ def _place_of_in(table, block, row, param, last_step):  # type: ignore[no-untype
 
 @inline
 def _find_place(table, row):  # type: ignore[no-untyped-def]
+    """The ``_Place`` of a row; reads its last step."""
     log, block = table.log, np.int64(0)
     if row >= log.block_size:  # never so in an Embedding
         block = block_of(row, log.reciprocal)
@@ -539,58 +535,55 @@ def _prefetch_place(table, place):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _prefetch_line(ahead, j, tags):  # type: ignore[no-untyped-def]
-    """Ask for element j, and what is in a cache line with it, of a row that comes."""
-    prefetch(ahead.param + j * itemsize_of(tags[0]))
-    prefetch(ahead.exp_avg + j * itemsize_of(tags[1]))
-    prefetch(ahead.exp_avg_sq + j * itemsize_of(tags[1]))
+def _prefetch_ahead(ahead, first, tags):  # type: ignore[no-untyped-def]
+    """Ask for elements [first, first + TURN) of a row that comes."""
+    prefetch_turn(ahead.param, first, tags[0])
+    prefetch_turn(ahead.exp_avg, first, tags[1])
+    prefetch_turn(ahead.exp_avg_sq, first, tags[1])
 
 
-def _store_element(target: Any, place: Any, j: int, moved: Any, missed: Any, tags: Any) -> None:
-    """Store an element's weight at the address ``target``; weight and moments in place if None."""
+def _store_weight(target: Any, place: Any, j: int, weight: Any, tag: Any) -> None:
+    """Store an element's weight at the address ``target``, or in place if that is None."""
     raise NotImplementedError("only inside compiled code")
 
 
-@compiled_overload(_store_element)
-def _store_element_in(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
-    def weight(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
-        store(target, j, moved[0], tags[0], VALUES)
+@compiled_overload(_store_weight)
+def _store_weight_in(target, place, j, weight, tag):  # type: ignore[no-untyped-def]
+    if target == types.none:
+        return lambda target, place, j, weight, tag: store(place.param, j, weight, tag, PARAM)
+    return lambda target, place, j, weight, tag: store(target, j, weight, tag, VALUES)
 
-    def weight_in_place(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
-        store(place.param, j, moved[0], tags[0], PARAM)
 
-    def all_in_place(target, place, j, moved, missed, tags):  # type: ignore[no-untyped-def]
-        store(place.param, j, moved[0], tags[0], PARAM)
-        store(place.exp_avg, j, moved[1], tags[1], EXP_AVG)
-        store(place.exp_avg_sq, j, moved[2], tags[1], EXP_AVG_SQ)
-
-    if target != types.none:
-        return weight
-    return weight_in_place if missed.instance_class is _Decay else all_in_place
+@inline
+def _decay_element(target, place, j, missed, tag):  # type: ignore[no-untyped-def]
+    w = load(place.param, j, tag, PARAM)
+    _store_weight(target, place, j, w + missed.decay * w, tag)
 
 
 @inline
 def _move_element(target, place, j, missed, tags):  # type: ignore[no-untyped-def]
-    moved = caught_up(
+    w, m, v = caught_up(
         missed,
         load(place.param, j, tags[0], PARAM),
         load(place.exp_avg, j, tags[1], EXP_AVG),
         load(place.exp_avg_sq, j, tags[1], EXP_AVG_SQ),
     )
-    _store_element(target, place, j, moved, missed, tags)
+    _store_weight(target, place, j, w, tags[0])
+    if target is None:
+        store(place.exp_avg, j, m, tags[1], EXP_AVG)
+        store(place.exp_avg_sq, j, v, tags[1], EXP_AVG_SQ)
 
 
 @inline
 def _move_row(target, place, dim, missed, ahead, tags):  # type: ignore[no-untyped-def]
     """Bring a row up to date, and ask for the row at ``ahead`` while that is computed."""
-    elements = per_line(tags[1])
-    whole = dim & -elements
-    for first in range(0, whole, elements):
-        _prefetch_line(ahead, first, tags)
-        for j in range(first, first + elements):
+    whole = dim & -TURN
+    for first in range(0, whole, TURN):
+        _prefetch_ahead(ahead, first, tags)
+        for j in range(first, first + TURN):
             _move_element(target, place, j, missed, tags)
     if whole < dim:
-        _prefetch_line(ahead, whole, tags)
+        _prefetch_ahead(ahead, whole, tags)
     for j in range(whole, dim):
         _move_element(target, place, j, missed, tags)
 
@@ -627,12 +620,15 @@ def _bring_up_to_date_in(target, table, place, part, ahead):  # type: ignore[no-
         missed = missed_since(table.log, place.last_step, table.tags[1])
         _prefetch_place(table, ahead)  # at once: there is next to nothing to compute meanwhile
         for j in range(table.dim):
-            _move_element(target, place, j, missed, table.tags)
+            _decay_element(target, place, j, missed, table.tags[0])
 
     def dense(target, table, place, part, ahead):  # type: ignore[no-untyped-def]
         missed = missed_since(table.log, place.last_step, table.tags[1])
         if ahead.last_step != table.log.t:
             prefetch_missed(table.log, ahead.last_step)
+        else:  # its weights alone will be read
+            _prefetch_place(table, ahead)
+            ahead = place
         if two_nodes_do(missed):
             _move_row(target, place, table.dim, with_two_nodes(missed), ahead, table.tags)
         else:
@@ -662,30 +658,29 @@ def _noted_place(places, k):  # type: ignore[no-untyped-def]
 @jit
 def _gather_current(part, begin, end, table, rows, target):  # type: ignore[no-untyped-def]
     row_bytes = table.dim * itemsize_of(table.tags[0])
-    places = np.empty((2 * AHEAD, 4), np.int64)  # of rows i to i + AHEAD: row k's is k % 2 AHEAD
+    places = np.empty((AHEAD, 4), np.int64)  # of the AHEAD rows from i on: row k's is k % AHEAD
     for i in range(begin, min(begin + 2 * AHEAD, end)):
         if rows[i] >= 0:
             _prefetch_last_step(table, rows[i])
     for i in range(begin, min(begin + AHEAD, end)):
         if rows[i] >= 0:
             place = _find_place(table, rows[i])
-            _note_place(places, i & (2 * AHEAD - 1), place)
+            _note_place(places, i & (AHEAD - 1), place)
             _prefetch_place(table, place)
     for i in range(begin, end):
         if i + 2 * AHEAD < end and rows[i + 2 * AHEAD] >= 0:
             _prefetch_last_step(table, rows[i + 2 * AHEAD])
-        place = _noted_place(places, i & (2 * AHEAD - 1))  # of no use if the row is missing
+        place = _noted_place(places, i & (AHEAD - 1))  # of no use if the row is missing
+        is_behind = rows[i] >= 0 and place.last_step != table.log.t
         ahead = place
-        is_coming = i + AHEAD < end and rows[i + AHEAD] >= 0
-        if is_coming:
+        if i + AHEAD < end and rows[i + AHEAD] >= 0:
             ahead = _find_place(table, rows[i + AHEAD])
-            _note_place(places, (i + AHEAD) & (2 * AHEAD - 1), ahead)
-        if rows[i] >= 0 and place.last_step != table.log.t:
+            _note_place(places, i & (AHEAD - 1), ahead)
+            if not is_behind:
+                _prefetch_place(table, ahead)
+        if is_behind:
             _bring_up_to_date(target + i * row_bytes, table, place, part, ahead)
-            continue
-        if is_coming:
-            _prefetch_place(table, ahead)
-        if rows[i] >= 0:
+        elif rows[i] >= 0:
             copy_bytes(target + i * row_bytes, place.param, row_bytes)
         else:
             view(target + i * row_bytes, row_bytes, BYTE)[:] = 0
@@ -787,132 +782,3 @@ def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
     table, _kept = _table(lagging, parts)
     num_rows = min(lagging.param.num_rows(), lagging.last_step.num_rows())
     parallel_for(_catch_up, parts, parts, table, array_of(rows), parts, num_rows)
-
-
-# ---------------------------------------------------------------- rules
-
-# Rows of a tile, each of TILE entries: those of ``state``, then room.
-_KEPT, _BETA1, _BETA2, _COUNT, _ALPHA = range(5)
-_BETA = _ALPHA + RULE_NODES
-_NODE = _BETA + RULE_NODES
-_GAMMA, _SIGMA, _SHIFT, _REST, _ROWS = range(_NODE + 1, _NODE + 6)
-
-
-@jit
-def _extend_tile(tile, step):  # type: ignore[no-untyped-def]
-    """Take one more step into TILE entries.
-
-    Loops of fixed length over one array, whose rows are a fixed distance apart, become vector
-    code. Gragg and Harwood's RKPW ("The numerically stable reconstruction of Jacobi matrices from
-    spectral data", Numerische Mathematik 44, 1984): row k of the matrices at a time.
-    """
-    decay, step_size, inv_sqrt_correction2, eps, beta1, beta2 = step
-    for i in range(TILE):
-        tile[_KEPT * TILE + i] *= 1.0 - decay
-        tile[_BETA1 * TILE + i] *= beta1
-        tile[_BETA2 * TILE + i] *= beta2
-        tile[_BETA * TILE + i] *= 1.0 - decay
-        rho = 1.0 / (inv_sqrt_correction2 * math.sqrt(tile[_BETA2 * TILE + i]))
-        weight, node = step_size * tile[_BETA1 * TILE + i] * rho, 1.0 / (eps * rho)
-        is_node = (weight > 0.0) & (weight < np.inf) & (node < np.inf)
-        tile[_REST * TILE + i] = weight if is_node else 0.0
-        tile[_NODE * TILE + i] = node if is_node else 0.0
-        tile[_GAMMA * TILE + i] = 1.0
-        tile[_SIGMA * TILE + i] = 0.0
-        tile[_SHIFT * TILE + i] = 0.0
-    for k in range(RULE_NODES):
-        for i in range(TILE):
-            is_there = k < tile[_COUNT * TILE + i]
-            node, rest = tile[_NODE * TILE + i], tile[_REST * TILE + i]
-            alpha = tile[(_ALPHA + k) * TILE + i] if is_there else node
-            beta = tile[(_BETA + k) * TILE + i] if is_there else 0.0
-            total = beta + rest
-            tile[(_BETA + k) * TILE + i] = tile[_GAMMA * TILE + i] * total
-            gamma = beta / total if total > 0.0 else 1.0
-            sigma = rest / total if total > 0.0 else 0.0
-            shift = sigma * (alpha - node) - gamma * tile[_SHIFT * TILE + i]
-            tile[(_ALPHA + k) * TILE + i] = alpha - (shift - tile[_SHIFT * TILE + i])
-            rest_before = tile[_SIGMA * TILE + i] * beta
-            tile[_REST * TILE + i] = shift * shift / sigma if sigma > 0.0 else rest_before
-            tile[_GAMMA * TILE + i] = gamma
-            tile[_SIGMA * TILE + i] = sigma
-            tile[_SHIFT * TILE + i] = shift
-    for i in range(TILE):
-        count = tile[_COUNT * TILE + i]
-        is_node = tile[_NODE * TILE + i] > 0.0
-        tile[_COUNT * TILE + i] = min(count + (1.0 if is_node else 0.0), float(RULE_NODES))
-
-
-@jit
-def _fill_rules(tile, rules, count):  # type: ignore[no-untyped-def]
-    """Fill rules [count, RULE_WIDTH] from the first entries of a tile; see ``Missed.rules``."""
-    for i in range(count):
-        rule, nodes = view(rules + 8 * RULE_WIDTH * i, RULE_WIDTH, FLOAT64), tile[_COUNT * TILE + i]
-        c = 1.0 / tile[_ALPHA * TILE + i] if nodes > 0.0 else 1.0
-        rule[0] = tile[_KEPT * TILE + i] - 1.0
-        rule[1] = tile[_BETA1 * TILE + i]
-        rule[2] = tile[_BETA2 * TILE + i]
-        rule[3] = tile[_BETA * TILE + i]
-        rule[4] = max(c, SMALLEST)
-        for k in range(1, RULE_NODES):
-            d = tile[(_ALPHA + k) * TILE + i] * c - 1.0
-            rule[4 + k] = d if k < nodes else 0.0
-            rule[4 + RULE_NODES - 1 + k] = tile[(_BETA + k) * TILE + i] * c * c
-        rule[RULE_WIDTH - 1] = 0.0
-
-
-@jit
-def _extend(state, state_width, rules, begin, end, step):  # type: ignore[no-untyped-def]
-    """Extend entries [begin, end); arrays are addresses, of which a call unpacks none."""
-    tile = np.zeros(_ROWS * TILE)
-    numbers = (
-        at(step, 0, FLOAT64),
-        at(step, 1, FLOAT64),
-        at(step, 2, FLOAT64),
-        at(step, 3, FLOAT64),
-        at(step, 4, FLOAT64),
-        at(step, 5, FLOAT64),
-    )
-    for first in range(begin, end, TILE):
-        count = min(TILE, end - first)
-        for row in range(_NODE):
-            entries = view(state + 8 * (row * state_width + first), count, FLOAT64)
-            for i in range(count):
-                tile[row * TILE + i] = entries[i]
-        _extend_tile(tile, numbers)
-        for row in range(_NODE):
-            entries = view(state + 8 * (row * state_width + first), count, FLOAT64)
-            for i in range(count):
-                entries[i] = tile[row * TILE + i]
-        _fill_rules(tile, rules + 8 * RULE_WIDTH * first, count)
-
-
-@functools.cache
-def _compile_extend() -> None:
-    _extend(0, 0, 0, 0, 0, np.zeros(STEP_WIDTH).ctypes.data)  # of no entries
-
-
-def prepare_extend_rules(
-    state: torch.Tensor, rules: torch.Tensor, begin: int, end: int, step: torch.Tensor
-) -> Callable[[], None]:
-    """Take one more missed step into entries [begin, end) of ``Missed.rules``, all but done.
-
-    Args:
-        state: [4 + 2 * RULE_NODES, n] float64, changed in place; for each entry the product of
-            1 - lr * weight_decay, of beta1, and of beta2, over the steps so far; how many nodes
-            its rule has; diagonal and off-diagonal of the rule's Jacobi matrix, the latter squared
-            and led by the sum of all weights.
-        rules: [n, RULE_WIDTH] float64, changed in place.
-        begin: first entry.
-        end: one beyond the last.
-        step: [STEP_WIDTH] float64, a row of ``Missed.steps``.
-
-    Returns:
-        A function that changes ``state`` and ``rules``.
-    """
-    _compile_extend()
-
-    def apply() -> None:
-        _extend(state.data_ptr(), state.stride(0), rules.data_ptr(), begin, end, step.data_ptr())
-
-    return apply

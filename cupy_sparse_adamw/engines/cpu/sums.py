@@ -1,0 +1,349 @@
+"""A step's gradients as kernels see them, and the sums of those that belong to one row.
+
+Sums are float64, so they are exact for all practical purposes and their order hardly shows; the
+order is fixed all the same (SPEC §1): occurrences in order, in chunks of ``CHUNK`` counted from
+the run's start. Each gradient is read once, from where backward left it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..._types import Pending
+from ._compile import (
+    FLOAT64,
+    INT64,
+    TAGS,
+    VALUES,
+    at,
+    inline,
+    itemsize_of,
+    jit,
+    load,
+    prefetch_bytes,
+    store,
+    view,
+)
+from ._threads import num_parts, parallel_for
+from .segment import CHUNK, Segments, segment
+
+#: Gradient elements a thread takes at the least.
+GRAIN_ELEMENTS = 32768
+#: Sorted positions, for gradients, and rows between asking for one and using it: ``Grads.ahead``,
+#: at least and at most. Between those, so many bytes: an eighth of a small second-level cache.
+MIN_AHEAD, MAX_AHEAD = 4, 16
+BYTES_AHEAD = 1 << 16
+
+
+class Grads(NamedTuple):
+    """``Segments`` for kernels; see there. Arrays are addresses, which cost nothing to pass on."""
+
+    words: int
+    position_bits: int
+    num_kept: int
+    piece_starts: int
+    pieces: int
+    first_pieces: int
+    first_keys: int
+    num_tables: int
+    long_runs: int
+    num_long_runs: int
+    partials: int  # [chunks, D] float64: sums of the chunks of long runs
+    dim: int
+    ahead: int
+    tag: Any
+
+
+class Pieces(NamedTuple):
+    """Where one table's gradients are."""
+
+    end: int  # of its sorted positions
+    first: int
+    num: int
+    # of the first piece, if it is the only one
+    base: int  # the address of position 0, as it were
+    row_bytes: int
+    column_stride: int
+    contiguous: bool  # whether all column strides are 1
+
+
+@inline
+def _word(grads, i):  # type: ignore[no-untyped-def]
+    return at(grads.words, i, INT64)
+
+
+@inline
+def key_at(grads, i):  # type: ignore[no-untyped-def]
+    """The key of the row that the gradient at sorted position i belongs to."""
+    return _word(grads, i) >> grads.position_bits
+
+
+@inline
+def _is_head(grads, i):  # type: ignore[no-untyped-def]
+    """Does a run begin at sorted position i?"""
+    return i == 0 or key_at(grads, i - 1) != key_at(grads, i)
+
+
+@inline
+def run_end_of(grads, begin):  # type: ignore[no-untyped-def]
+    """Where the run ends that sorted position ``begin`` is in."""
+    key, end = key_at(grads, begin), begin + 1
+    while end < grads.num_kept and key_at(grads, end) == key:
+        end += 1
+    return end
+
+
+@inline
+def next_head(grads, i):  # type: ignore[no-untyped-def]
+    """Where the first run begins that begins at i or later; ``num_kept`` if none does."""
+    if i >= grads.num_kept:
+        return grads.num_kept
+    return i if _is_head(grads, i) else run_end_of(grads, i)
+
+
+@inline
+def _last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
+    """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
+
+    They begin at address ``first`` and are ``stride`` elements apart.
+    """
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if at(first, middle * stride, INT64) <= value:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@inline
+def table_at(grads, i):  # type: ignore[no-untyped-def]
+    """The number of the table that the gradient at sorted position i belongs to."""
+    return _last_at_most(key_at(grads, i), grads.first_keys, 1, grads.num_tables)
+
+
+@inline
+def pieces_of(grads, number, i):  # type: ignore[no-untyped-def]
+    """``Pieces`` of a table; sorted position i is one of its."""
+    last_word = (at(grads.first_keys, number + 1, INT64) << grads.position_bits) - 1
+    end = i + 1 + _last_at_most(last_word, grads.words + 8 * i, 1, grads.num_kept - i)
+    first = at(grads.first_pieces, number, INT64)
+    count = at(grads.first_pieces, number + 1, INT64) - first
+    contiguous = True
+    for piece in range(first, first + count):
+        contiguous &= at(grads.pieces, 3 * piece + 2, INT64) == 1
+    row_bytes = at(grads.pieces, 3 * first + 1, INT64) * itemsize_of(grads.tag)
+    return Pieces(
+        end,
+        first,
+        count,
+        at(grads.pieces, 3 * first, INT64) - at(grads.piece_starts, first, INT64) * row_bytes,
+        row_bytes,
+        at(grads.pieces, 3 * first + 2, INT64),
+        contiguous,
+    )
+
+
+@inline
+def grad_at(grads, i, pieces):  # type: ignore[no-untyped-def]
+    """Address and column stride of the gradient at sorted position i."""
+    position = _word(grads, i) & ((1 << grads.position_bits) - 1)
+    if pieces.num == 1:
+        return pieces.base + position * pieces.row_bytes, pieces.column_stride
+    starts = grads.piece_starts + 8 * pieces.first
+    piece = pieces.first + _last_at_most(position, starts, 1, pieces.num)
+    place = position - at(grads.piece_starts, piece, INT64)
+    row_bytes = at(grads.pieces, 3 * piece + 1, INT64) * itemsize_of(grads.tag)
+    address = at(grads.pieces, 3 * piece, INT64) + place * row_bytes
+    return address, at(grads.pieces, 3 * piece + 2, INT64)
+
+
+@inline
+def grad_ahead(grads, i, pieces):  # type: ignore[no-untyped-def]
+    """What to ask for while the gradient at sorted position i is used: the address of another."""
+    address, _ = grad_at(grads, min(i + grads.ahead, pieces.end - 1), pieces)
+    return address
+
+
+@inline
+def prefetch_grads(grads, begin, end, pieces):  # type: ignore[no-untyped-def]
+    """Ask for the gradients at sorted positions [begin, end)."""
+    for i in range(begin, min(end, pieces.end)):
+        address, _ = grad_at(grads, i, pieces)
+        prefetch_bytes(address, grads.dim * itemsize_of(grads.tag))
+
+
+@inline
+def _add_strided(total, address, stride, tag):  # type: ignore[no-untyped-def]
+    """``_add`` where a gradient's columns are apart; rare enough not to ask for any."""
+    for j in range(total.size):
+        total[j] += load(address, j * stride, tag, VALUES)
+
+
+@inline
+def _add(total, address, ahead, tag):  # type: ignore[no-untyped-def]
+    """Add a gradient to total [D] float64, and ask for the one at ``ahead``."""
+    prefetch_bytes(ahead, total.size * itemsize_of(tag))
+    for j in range(total.size):
+        total[j] += load(address, j, tag, VALUES)
+
+
+@inline
+def _add_four(total, four, ahead, tag):  # type: ignore[no-untyped-def]
+    """Add four gradients to total [D] float64, one after the other, and ask for four others."""
+    grad_bytes = total.size * itemsize_of(tag)
+    prefetch_bytes(ahead[0], grad_bytes)
+    prefetch_bytes(ahead[1], grad_bytes)
+    prefetch_bytes(ahead[2], grad_bytes)
+    prefetch_bytes(ahead[3], grad_bytes)
+    for j in range(total.size):
+        sum_ = total[j] + load(four[0], j, tag, VALUES)
+        sum_ += load(four[1], j, tag, VALUES)
+        sum_ += load(four[2], j, tag, VALUES)
+        total[j] = sum_ + load(four[3], j, tag, VALUES)
+
+
+@inline
+def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def]
+    """Sum the gradients at sorted positions [begin, end), in order, into total [D] float64."""
+    total[:] = 0.0
+    i = begin
+    while i < end:
+        address, stride = grad_at(grads, i, pieces)
+        if i + 4 <= end and pieces.contiguous:
+            second, _ = grad_at(grads, i + 1, pieces)
+            third, _ = grad_at(grads, i + 2, pieces)
+            fourth, _ = grad_at(grads, i + 3, pieces)
+            ahead = (
+                grad_ahead(grads, i, pieces),
+                grad_ahead(grads, i + 1, pieces),
+                grad_ahead(grads, i + 2, pieces),
+                grad_ahead(grads, i + 3, pieces),
+            )
+            _add_four(total, (address, second, third, fourth), ahead, grads.tag)
+            i += 4
+        elif stride == 1:
+            _add(total, address, grad_ahead(grads, i, pieces), grads.tag)
+            i += 1
+        else:
+            _add_strided(total, address, stride, grads.tag)
+            i += 1
+
+
+@jit
+def _sum_chunks(part, begin, end, grads):  # type: ignore[no-untyped-def]
+    """Fill the partial sums of chunks [begin, end) of the long runs."""
+    for chunk in range(begin, end):
+        run = _last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
+        number = chunk - at(grads.long_runs, 3 * run + 2, INT64)
+        start = at(grads.long_runs, 3 * run, INT64) + number * CHUNK
+        stop = min(start + CHUNK, at(grads.long_runs, 3 * run + 1, INT64))
+        partial = view(grads.partials + chunk * grads.dim * 8, grads.dim, FLOAT64)
+        _sum_chunk(partial, start, stop, grads, pieces_of(grads, table_at(grads, start), start))
+    return 0
+
+
+@inline
+def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
+    """Sum a long run into total [D] float64: its chunks' sums, in order."""
+    run = _last_at_most(begin, grads.long_runs, 3, grads.num_long_runs)
+    first = at(grads.long_runs, 3 * run + 2, INT64)
+    total[:] = 0.0
+    for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
+        partial = grads.partials + chunk * grads.dim * 8
+        _add(total, partial, partial, FLOAT64)
+
+
+@jit  # called, not compiled in: the loop that mostly has no use for it runs better without
+def sum_run(total, begin, end, scale, grads, pieces):  # type: ignore[no-untyped-def]
+    """The sum of a run times ``scale``, into total [D] float64."""
+    if end - begin > CHUNK:
+        _sum_partials(total, begin, end, grads)
+    else:
+        _sum_chunk(total, begin, end, grads, pieces)
+    if scale != 1.0:
+        total *= scale
+
+
+@jit
+def _count_runs(part, begin, end, grads):  # type: ignore[no-untyped-def]
+    count = 0
+    for i in range(begin, min(end, grads.num_kept)):
+        count += _is_head(grads, i)
+    return count
+
+
+@jit
+def _store_sums(  # type: ignore[no-untyped-def]
+    part, begin, end, grads, scale, mean, places, rows, values
+):
+    """Rows and sums of one table's runs that begin in [begin, end), from ``places[part]`` on."""
+    total = np.empty(grads.dim)
+    place = places[part]
+    pieces = pieces_of(grads, 0, 0)
+    i, stop = next_head(grads, begin), next_head(grads, end)
+    while i < stop:
+        run_end = run_end_of(grads, i)
+        sum_run(total, i, run_end, scale / (run_end - i) if mean else scale, grads, pieces)
+        rows[place] = key_at(grads, i)
+        for j in range(grads.dim):
+            store(values, place * grads.dim + j, total[j], grads.tag, VALUES)
+        place += 1
+        i = run_end
+    return 0
+
+
+def with_chunks_summed(segments: Segments) -> Grads:
+    """The kernels' view of segments, the chunks of long runs summed by all threads."""
+    itemsize, partials = segments.grad_dtype.itemsize, segments.partials
+    grads = Grads(
+        segments.words.ctypes.data,
+        segments.position_bits,
+        segments.num_kept,
+        segments.piece_starts.ctypes.data,
+        segments.pieces.ctypes.data,
+        segments.first_pieces.ctypes.data,
+        segments.first_keys.ctypes.data,
+        len(segments.pending),
+        segments.long_runs.ctypes.data,
+        len(segments.long_runs),
+        partials.ctypes.data,
+        segments.dim,
+        min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
+        TAGS[segments.grad_dtype],
+    )
+    if len(partials):
+        parts = num_parts(len(partials), 1)
+        parallel_for(_sum_chunks, len(partials), parts, grads)
+    return grads
+
+
+def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
+    """The touched rows of one table and the sums of their gradients.
+
+    Returns:
+        rows [U] int64, ascending, and values [U, D] of the gradients' dtype.
+    """
+    segments = segment([pending])
+    grads = with_chunks_summed(segments)
+    size = segments.words.size
+    parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
+    counts = parallel_for(_count_runs, size, parts, grads)
+    rows = np.empty(sum(counts), dtype=np.int64)
+    values = torch.empty(rows.size, segments.dim, dtype=segments.grad_dtype, device="cpu")
+    parallel_for(
+        _store_sums,
+        size,
+        parts,
+        grads,
+        pending.grad_scale,
+        pending.mean,
+        np.cumsum([0, *counts[:-1]]),
+        rows,
+        values.data_ptr(),
+    )
+    return torch.from_numpy(rows), values
