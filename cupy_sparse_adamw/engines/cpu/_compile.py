@@ -401,22 +401,10 @@ def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
         prefetch(address + offset)
 
 
-def prefetch_turn(address: int, first: int, tag: Any) -> None:
+@inline
+def prefetch_turn(address, first, tag):  # type: ignore[no-untyped-def]
     """Ask for elements [first, first + TURN) of the array of the tag's type at ``address``."""
-    raise NotImplementedError("only inside compiled code")
-
-
-@compiled_overload(prefetch_turn)
-def _prefetch_turn(address, first, tag):  # type: ignore[no-untyped-def]
-    size = tag.bitwidth // 8
-    if TURN * size <= LINE:
-        return lambda address, first, tag: prefetch(address + first * size)
-
-    def lines(address, first, tag):  # type: ignore[no-untyped-def]
-        prefetch(address + first * size)
-        prefetch(address + first * size + LINE)
-
-    return lines
+    prefetch_bytes(address + first * itemsize_of(tag), TURN * itemsize_of(tag))
 
 
 @functools.lru_cache(maxsize=1024)

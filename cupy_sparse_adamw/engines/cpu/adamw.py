@@ -76,6 +76,7 @@ from .untouched import (
     make_tails,
     missed_since,
     prefetch_missed,
+    prefetch_row_turn,
     replay_row,
     set_last_step,
     store_row,
@@ -302,9 +303,7 @@ def _update_element(place, grad, j, factors, missed, tags):  # type: ignore[no-u
 @inline
 def _prefetch_ahead(ahead, first, tags):  # type: ignore[no-untyped-def]
     """Ask for elements [first, first + TURN) of an ``_Ahead``."""
-    prefetch_turn(ahead.param, first, tags[0])
-    prefetch_turn(ahead.exp_avg, first, tags[1])
-    prefetch_turn(ahead.exp_avg_sq, first, tags[1])
+    prefetch_row_turn(ahead, first, tags)
     prefetch_turn(ahead.grad, first, tags[2])
 
 

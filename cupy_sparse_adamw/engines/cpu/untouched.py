@@ -535,8 +535,11 @@ def _prefetch_place(table, place):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _prefetch_ahead(ahead, first, tags):  # type: ignore[no-untyped-def]
-    """Ask for elements [first, first + TURN) of a row that comes."""
+def prefetch_row_turn(ahead, first, tags):  # type: ignore[no-untyped-def]
+    """Ask for elements [first, first + TURN) of weights and moments of a row that comes.
+
+    ``ahead`` names their addresses; the first tags are of weights and of moments.
+    """
     prefetch_turn(ahead.param, first, tags[0])
     prefetch_turn(ahead.exp_avg, first, tags[1])
     prefetch_turn(ahead.exp_avg_sq, first, tags[1])
@@ -579,11 +582,11 @@ def _move_row(target, place, dim, missed, ahead, tags):  # type: ignore[no-untyp
     """Bring a row up to date, and ask for the row at ``ahead`` while that is computed."""
     whole = dim & -TURN
     for first in range(0, whole, TURN):
-        _prefetch_ahead(ahead, first, tags)
+        prefetch_row_turn(ahead, first, tags)
         for j in range(first, first + TURN):
             _move_element(target, place, j, missed, tags)
     if whole < dim:
-        _prefetch_ahead(ahead, whole, tags)
+        prefetch_row_turn(ahead, whole, tags)
     for j in range(whole, dim):
         _move_element(target, place, j, missed, tags)
 
