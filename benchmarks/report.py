@@ -1,12 +1,14 @@
 """Reads what ``make bench`` saved: prints the table, draws the plots, compares with the baseline.
 
     python benchmarks/report.py bench-results/all.json [--plots] [--write-baseline]
-    python benchmarks/report.py bench-results/all.json --compare
+    python benchmarks/report.py bench-results/all.json [more.json ...] --compare
 
 Ratios are compared, not seconds: how many times as long a rival takes as we do, and the floor's
 time over ours. If we get slower, all ratios of a case fall; if a rival has a good day (new memory
 alone makes torch's times differ by a fifth from process to process), its own falls. So a case is
 worse if the median of its ratios' changes is, and one ratio that falls alone is told, no more.
+Of several runs, a case is worse if it is in all of them: what disturbs a machine passes, a slower
+step stays.
 
 Exit status: 1 if a case is worse by more than it may, or a case or ratio is gone; 2 if a file
 cannot be read.
@@ -157,7 +159,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
 
 def compare(
     cases: Cases, baseline: dict[str, Any], quick: bool, tolerance: float
-) -> tuple[list[str], list[str]]:
+) -> tuple[dict[str, list[str]], list[str]]:
     """Compare a run's ratios with the baseline's.
 
     Args:
@@ -166,28 +168,30 @@ def compare(
         tolerance: the part that ratios may lose.
 
     Returns:
-        What is wrong, and what else is worth telling, a line each.
+        What is wrong, by case, and what else is worth telling, a line each.
     """
-    wrong, told = [], []
+    wrong: dict[str, list[str]] = defaultdict(list)
+    told = []
     for name, entry in baseline["cases"].items():
         if quick and not entry["quick"]:
             continue
         if name not in cases:
-            wrong.append(f"{name}: is in the baseline but not in this run")
+            wrong[name].append("is in the baseline but not in this run")
             continue
         now = ratios_of(cases[name])
         told += [f"new: {name}: {key}" for key in now if key not in entry["ratios"]]
         before = {key: value for key, value in entry["ratios"].items() if key in now}
         if not before:
-            wrong.append(f"{name}: none of the baseline's ratios was measured")
+            wrong[name].append("none of the baseline's ratios was measured")
             continue
         if not quick:
             reasons = cases[name].get("not_timed", {})
-            wrong += [
-                f"{name}: the ratio to {key} is gone: {reasons.get(key, 'it was not timed')}"
-                for key in entry["ratios"]
-                if key not in now
-            ]
+            gone = [key for key in entry["ratios"] if key not in now]
+            if gone:
+                wrong[name] += [
+                    f"the ratio to {key} is gone: {reasons.get(key, 'it was not timed')}"
+                    for key in gone
+                ]
         changes = {key: now[key] / value - 1 for key, value in before.items()}
         fallen = [key for key, change in changes.items() if not change >= -tolerance]  # NaN too
         lines = [
@@ -196,8 +200,8 @@ def compare(
         ]
         middle = statistics.median(changes.values())
         if not all(map(math.isfinite, changes.values())) or not middle >= -tolerance:
-            wrong.append(
-                f"{name} ({100 * middle:+.0f}%, the median of {len(changes)}): " + "; ".join(lines)
+            wrong[name].append(
+                f"{100 * middle:+.0f}%, the median of {len(changes)}: {'; '.join(lines)}"
             )
         else:
             told += [f"alone in its case: {name}: {line}" for line in lines]
@@ -381,16 +385,21 @@ def draw_plots(cases: Cases, environment: dict[str, Any], folder: Path) -> list[
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="what pytest-benchmark saved")
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="what pytest-benchmark saved; several for --compare"
+    )
     parser.add_argument("--plots", action="store_true", help="write PNGs beside the run")
     parser.add_argument("--compare", action="store_true", help="with the baseline, nothing else")
     parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     chosen = parser.parse_args(arguments)
+    if len(chosen.run) > 1 and not chosen.compare:
+        parser.error("only --compare takes several runs")
     try:
-        cases, environment = read_run(chosen.run)
+        runs = [read_run(path) for path in chosen.run]
         if chosen.compare:
-            return print_comparison(cases, environment, read_baseline(chosen.baseline))
+            return print_comparison(runs, read_baseline(chosen.baseline))
+        cases, environment = runs[0]
         if chosen.write_baseline:
             return write_baseline(cases, environment, chosen.baseline)
     except Unreadable as error:
@@ -399,30 +408,40 @@ def main(arguments: list[str] | None = None) -> int:
     print(environment_line(environment), table(cases), goals_table(cases), sep="\n\n")
     print("", other_figures(cases), sep="\n")
     if chosen.plots:
-        for path in draw_plots(cases, environment, chosen.run.parent):
+        for path in draw_plots(cases, environment, chosen.run[0].parent):
             print(f"wrote {path}")
     return 0
 
 
-def print_comparison(cases: Cases, environment: dict[str, Any], baseline: dict[str, Any]) -> int:
-    """Print what is wrong and what is new; returns the exit status."""
-    if environment["selection"] == "tiny":
+def print_comparison(runs: list[tuple[Cases, dict[str, Any]]], baseline: dict[str, Any]) -> int:
+    """Print what is wrong in all runs, and of the last what is new; returns the exit status."""
+    selections = {environment["selection"] for _, environment in runs}
+    if "tiny" in selections:
         raise Unreadable("times of --tiny mean nothing; run make bench")
-    quick = environment["selection"] == "quick"
+    if len(selections) > 1:
+        raise Unreadable(f"runs of {' and '.join(sorted(selections))} are not to be mixed")
+    quick = "quick" in selections
     tolerance = QUICK_TOLERANCE if quick else TOLERANCE
-    wrong, told = compare(cases, baseline, quick, tolerance)
+    compared = [compare(cases, baseline, quick, tolerance) for cases, _ in runs]
+    cases, environment = runs[-1]
+    wrong, told = compared[-1]
     before = baseline["environment"]
     for key in ("cpu", "cores", "threads"):
         if before.get(key) != environment[key]:
             print(f"note: {key} was {before.get(key)}, here it is {environment[key]}")
     for line in told:
         print(line)
-    for line in wrong:
-        print(f"WORSE: {line}")
+    worse = {name: lines for name, lines in wrong.items() if all(name in w for w, _ in compared)}
+    for name, lines in wrong.items():
+        for line in lines:
+            print(f"{'WORSE' if name in worse else 'only in this run'}: {name}: {line}")
     count = sum(len(ratios_of(figures)) for figures in cases.values())
-    verdict = f"{len(wrong)} findings" if wrong else "none fell by more"
+    findings = sum(map(len, worse.values()))
+    verdict = f"{findings} findings" if worse else "none fell by more"
+    if len(runs) > 1:
+        verdict += f" in each of {len(runs)} runs"
     print(f"benchmarks: {count} ratios, falls of {100 * tolerance:.0f}% allowed: {verdict}")
-    return 1 if wrong else 0
+    return 1 if worse else 0
 
 
 def write_baseline(cases: Cases, environment: dict[str, Any], path: Path) -> int:

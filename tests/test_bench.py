@@ -254,13 +254,17 @@ def save(path, cases, selection="all"):
 def compare(tmp_path, capsys):
     """Compare cases with a baseline of others. Returns the exit status and what was printed."""
 
-    def run(now, before, selection="all"):
+    def run(now, before, selection="all", earlier=()):
         baseline = tmp_path / "baseline.json"
-        old, new = tmp_path / "old.json", tmp_path / "new.json"
+        old = tmp_path / "old.json"
         option = ["--baseline", str(baseline)]
         assert report.main([str(save(old, before)), "--write-baseline", *option]) == 0
         capsys.readouterr()
-        status = report.main([str(save(new, now, selection)), "--compare", *option])
+        runs = [
+            str(save(tmp_path / f"new-{number}.json", cases, selection))
+            for number, cases in enumerate([*earlier, now])
+        ]
+        status = report.main([*runs, "--compare", *option])
         return status, "".join(capsys.readouterr())
 
     return run
@@ -269,7 +273,7 @@ def compare(tmp_path, capsys):
 def test_a_fall_of_16_percent_fails_and_is_named(compare):
     status, said = compare([a_case(ratio=4.2, percent=42.0)], [a_case()])
     assert status == 1
-    assert "WORSE: D64-uniform (-16%, the median of 2): " in said
+    assert "WORSE: D64-uniform: -16%, the median of 2: " in said
     assert "SparseAdam / ours from 5.00 to 4.20 (-16%)" in said
     assert "floor / ours from 0.50 to 0.42 (-16%)" in said
 
@@ -291,7 +295,7 @@ def test_a_case_with_one_ratio_depends_on_it(compare):
     del before["floor"], now["floor"]
     status, said = compare([now], [before])
     assert status == 1
-    assert "D64-uniform (-16%, the median of 1)" in said
+    assert "D64-uniform: -16%, the median of 1" in said
 
 
 def test_seconds_do_not_count(compare):
@@ -307,6 +311,40 @@ def test_quick_allows_what_noise_does_and_finds_twice_as_slow(compare):
     status, said = compare([a_case(ratio=2.5, percent=25.0)], [a_case()], "quick")
     assert status == 1
     assert "SparseAdam / ours from 5.00 to 2.50 (-50%)" in said
+
+
+def test_of_several_runs_a_case_must_be_worse_in_all(compare):
+    before = [a_case(), a_case("one-id")]
+    slow, slow_id = a_case(ratio=2.5, percent=25.0), a_case("one-id", ratio=2.5, percent=25.0)
+    first = [slow, a_case("one-id")]
+
+    status, said = compare([a_case(), slow_id], before, "quick", earlier=[first])
+    assert status == 0
+    assert "only in this run: one-id: -50%" in said
+    assert "none fell by more in each of 2 runs" in said
+
+    status, said = compare([slow, slow_id], before, "quick", earlier=[first, first])
+    assert status == 1
+    assert "WORSE: D64-uniform: -50%" in said
+    assert "only in this run: one-id: -50%" in said
+    assert "1 findings in each of 3 runs" in said
+
+
+def test_runs_that_differ_in_kind_are_not_mixed(tmp_path, capsys):
+    baseline = tmp_path / "baseline.json"
+    option = ["--baseline", str(baseline)]
+    whole = str(save(tmp_path / "all.json", [a_case()]))
+    quick = str(save(tmp_path / "quick.json", [a_case()], "quick"))
+    assert report.main([whole, "--write-baseline", *option]) == 0
+    assert report.main([whole, quick, "--compare", *option]) == 2
+    assert "runs of all and quick are not to be mixed" in capsys.readouterr().err
+
+
+def test_only_a_comparison_takes_several_runs(tmp_path, capsys):
+    run = str(save(tmp_path / "run.json", [a_case()]))
+    with pytest.raises(SystemExit):
+        report.main([run, run])
+    assert "only --compare takes several runs" in capsys.readouterr().err
 
 
 def test_a_case_that_vanished_is_named(compare):
@@ -355,7 +393,7 @@ def test_another_machine_is_said(compare, tmp_path, capsys):
     baseline["environment"]["cpu"] = "Another CPU"
     (tmp_path / "baseline.json").write_text(json.dumps(baseline))
     option = ["--baseline", str(tmp_path / "baseline.json")]
-    report.main([str(tmp_path / "new.json"), "--compare", *option])
+    report.main([str(tmp_path / "new-0.json"), "--compare", *option])
     assert "note: cpu was Another CPU, here it is A CPU" in capsys.readouterr().out
 
 
