@@ -474,7 +474,10 @@ LOADS = {  # what is changed in a good state_dict, the text of the error
     "no betas": ({f"{G1}.betas": GONE}, "a saved param group has no 'betas'"),
     "bad lr": ({f"{G1}.lr": NAN}, "lr must be .*got nan"),
     "bad betas": ({f"{G1}.betas": (0.9, 1.0)}, r"beta2 must be .*\[0, 1\), got 1.0"),
-    **{f"step {x}": ({"state.second.step": x}, STEP) for x in (GONE, 0, -3, 1.5, "3")},
+    **{
+        f"step {'gone' if x is GONE else x}": ({"state.second.step": x}, STEP)
+        for x in (GONE, 0, -3, 1.5, "3")
+    },
     "no exp_avg": ({"state.second.exp_avg": GONE}, "'second'.*no matrix 'exp_avg'"),
     "other D": (moments(lambda x: x[:, :2]), "'second'.*D = 2, the table D = 4"),
     "float64": (moments(lambda x: x.double()), "'second'.*not converted between float64"),
