@@ -8,6 +8,7 @@ bits and ``int16`` for bf16 bits (Numba's CPU target has no 16-bit float arithme
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import logging
@@ -123,6 +124,14 @@ def inline(function: F) -> F:
     return numba.njit(forceinline=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
+def address_of(array: Any) -> int:
+    """Where a NumPy array begins in memory, in a third of the time of its ``ctypes.data``.
+
+    It is writable and contiguous.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(array)) if array.size else 0
+
+
 @intrinsic
 def _as_pointer(typingctx, address, tag):  # type: ignore[no-untyped-def]
     pointer = types.CPointer(tag)
@@ -142,6 +151,22 @@ def at(typingctx, address, index, tag):  # type: ignore[no-untyped-def]
         return builder.load(builder.gep(pointer, [args[1]]))
 
     return tag(types.int64, types.int64, tag), codegen
+
+
+@inline
+def last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
+    """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
+
+    They begin at address ``first`` and are ``stride`` elements apart.
+    """
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if at(first, middle * stride, INT64) <= value:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @inline

@@ -109,8 +109,11 @@ def num_parts(size: int, grain: int) -> int:
     No part has fewer than ``grain`` items, since waking a thread costs tens of microseconds. Ask
     once for all that a call allocates and runs: torch.set_num_threads may change the number.
     """
+    most = size // max(grain, 1)
+    if most <= 1:
+        return 1
     threads = torch.get_num_threads()
-    return max(1, min(threads * PARTS_PER_THREAD if threads > 1 else 1, size // max(grain, 1)))
+    return min(threads * PARTS_PER_THREAD, most) if threads > 1 else 1
 
 
 def cuts(size: int, parts: int) -> list[int]:

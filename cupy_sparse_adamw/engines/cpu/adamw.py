@@ -15,6 +15,7 @@ is compiled (``_Tables``): a table that skips what it missed pays for none of it
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from ._compile import (
     TAGS,
     TURN,
     VALUES,
+    address_of,
     at,
     block_of,
     cast,
@@ -52,6 +54,7 @@ from .segment import CHUNK, Segments
 from .sums import (
     GRAIN_ELEMENTS,
     Grads,
+    first_key_of,
     grad_ahead,
     grad_at,
     key_at,
@@ -85,7 +88,7 @@ from .untouched import (
 )
 
 #: Numbers of ``_Tables.rows`` for a table.
-ROWS_WIDTH = 8
+ROWS_WIDTH = 9
 #: Numbers of ``_scalars``.
 SCALARS = 12
 
@@ -94,8 +97,8 @@ class _Tables(NamedTuple):
     """Where the tables of a group are, and the scalars of their update, as addresses."""
 
     rows: int  # [T, ROWS_WIDTH] int64: block size, its reciprocal, then of each slot the address of
-    # its block addresses and the bytes from a row to the next
-    scalars: int  # [T, SCALARS] float64, see _scalars
+    # its block addresses and the bytes from a row to the next, last the place among scalars
+    scalars: int  # [K, SCALARS] float64, see _scalars; tables may share them
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
     dim: int
@@ -177,7 +180,7 @@ def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
     return _Rows(
         log,
         row_steps,
-        at(grads.first_keys, number, INT64),
+        first_key_of(grads, number),
         at(numbers, 0, INT64),
         at(numbers, 1, INT64),
         params,
@@ -190,6 +193,13 @@ def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
         at(exp_avgs, 0, INT64),
         at(exp_avg_sqs, 0, INT64),
     )
+
+
+@inline
+def _scalars_at(tables, number):  # type: ignore[no-untyped-def]
+    """A table's ``_scalars``."""
+    place = at(tables.rows, ROWS_WIDTH * number + 8, INT64)
+    return view(tables.scalars + 8 * SCALARS * place, SCALARS, FLOAT64)
 
 
 @inline
@@ -411,7 +421,7 @@ def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-de
         number = table_at(grads, i)
         pieces, rows = pieces_of(grads, number, i), _rows_of(grads, tables, number)
         last = min(pieces.end, stop)
-        scalars = view(tables.scalars + 8 * SCALARS * number, SCALARS, FLOAT64)
+        scalars = _scalars_at(tables, number)
         grad_scale, is_mean = scalars[6], scalars[7] != 0.0
         prefetch_grads(grads, i, i + grads.ahead, pieces)
         coming = _prefetch_rows(grads, tables, i, rows, last)
@@ -443,17 +453,18 @@ def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-de
 
 
 @jit
-def _read_steps(steps, ts):  # type: ignore[no-untyped-def]
-    """Fill ``ts`` with the tables' numbers of updates, given their addresses."""
-    for table in range(steps.size):
-        ts[table] = at(steps[table], 0, INT64)
+def _read_steps(steps, ts, num_tables):  # type: ignore[no-untyped-def]
+    """Fill ts [T] int64 with the tables' numbers of updates, whose addresses are steps [T]."""
+    numbers = view(ts, num_tables, INT64)
+    for table in range(num_tables):
+        numbers[table] = at(at(steps, table, INT64), 0, INT64)
 
 
 @jit
-def _advance_steps(steps):  # type: ignore[no-untyped-def]
+def _advance_steps(steps, num_tables):  # type: ignore[no-untyped-def]
     """Count an update of each table. To add 1 to one tensor takes torch 0.7 µs."""
-    for table in range(steps.size):
-        view(steps[table], 1, INT64)[0] += 1
+    for table in range(num_tables):
+        view(at(steps, table, INT64), 1, INT64)[0] += 1
 
 
 def _log(x: float) -> float:
@@ -465,7 +476,8 @@ def _scalars(hyper: Hyperparams, t: int, pending: Pending) -> tuple[float, ...]:
     lr = float(hyper.lr)
     is_tf = hyper.eps_mode == "tf"
     inv_sqrt_correction2 = 1.0 / math.sqrt(1.0 - hyper.beta2**t)
-    eps_is_final = pending.kind.per_row or not is_tf  # else it is corrected here
+    per_row = pending.kind.per_row
+    eps_is_final = per_row or not is_tf  # else it is corrected here
     return (
         1.0 - hyper.beta1,
         1.0 - hyper.beta2,
@@ -476,8 +488,8 @@ def _scalars(hyper: Hyperparams, t: int, pending: Pending) -> tuple[float, ...]:
         -pending.grad_scale if hyper.maximize else pending.grad_scale,
         float(pending.mean),
         lr,
-        _log(hyper.beta1),
-        _log(hyper.beta2),
+        _log(hyper.beta1) if per_row else 0.0,
+        _log(hyper.beta2) if per_row else 0.0,
         float(is_tf),
     )
 
@@ -499,16 +511,21 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
     """
     dtype, kind = updates[0].pending.param.dtype, updates[0].pending.kind
     moment_dtype = MOMENT_DTYPE[dtype]
-    steps = np.array([update.step.data_ptr() for update in updates], dtype=np.int64)
-    ts = np.empty_like(steps)
-    _read_steps(steps, ts)
+    steps = array("q", [update.step.data_ptr() for update in updates])
+    ts = array("q", steps)
+    steps_at, num_tables = steps.buffer_info()
+    _read_steps(steps_at, ts.buffer_info()[0], num_tables)
     rows: list[int] = []
-    places: list[int] = []  # of each table's scalars, which hundreds of tables may share
-    known: dict[tuple[Any, ...], int] = {}
-    scalars: list[tuple[float, ...]] = []
-    for update, t in zip(updates, ts.tolist(), strict=True):
+    places: dict[tuple[Any, ...], int] = {}  # of scalars, which hundreds of tables may share
+    scalars: list[float] = []
+    for update, t in zip(updates, ts, strict=True):
         pending = update.pending
         param = pending.param
+        key = id(update.hyper), t, pending.grad_scale, pending.mean
+        place = places.get(key)
+        if place is None:
+            place = places[key] = len(places)
+            scalars += _scalars(update.hyper, t + 1, pending)
         rows += (
             param.block_size(),
             reciprocal_of(param.block_size()),
@@ -518,17 +535,9 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
             update.exp_avg.row_bytes,
             update.exp_avg_sq.addresses_at(),
             update.exp_avg_sq.row_bytes,
+            place,
         )
-        key = id(update.hyper), t, pending.grad_scale, pending.mean
-        place = known.get(key)
-        if place is None:
-            place = known[key] = len(scalars)
-            scalars.append(_scalars(update.hyper, t + 1, pending))
-        places.append(place)
-    rows_array = np.array(rows, dtype=np.int64)
-    scalars_array = np.array(scalars, dtype=np.float64)
-    if len(places) > len(scalars):
-        scalars_array = scalars_array[places]
+    rows_array, scalars_array = array("q", rows), array("d", scalars)
     logs, logs_at = _logs(updates, kind.untouched)
     row_steps, row_steps_at = _row_steps(updates, kind.per_row)
     size, dim = segments.words.size, segments.dim
@@ -536,9 +545,9 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
     room_bytes = 8 * dim if kind.untouched != "replay" else 32 * dim
     room = np.empty(parts * room_bytes, dtype=np.uint8)
     tables = _Tables(
-        rows_array.ctypes.data,
-        scalars_array.ctypes.data,
-        room.ctypes.data,
+        rows_array.buffer_info()[0],
+        scalars_array.buffer_info()[0],
+        address_of(room),
         room_bytes,
         dim,
         TAGS[dtype],
@@ -552,17 +561,17 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
     variant = dtype, segments.grad_dtype, kind
     if variant not in _compiled:
         _update_runs(0, 0, 0, grads, tables)  # of no runs
-        _advance_steps(steps[:0])
+        _advance_steps(steps_at, 0)
         _compiled.add(variant)
     if parts > 1:
         start_threads(parts)
     part_cuts = _cuts(segments, parts)
     # Kernels know addresses: what is there lives as long as the function.
-    kept = (rows_array, scalars_array, room, logs, row_steps, segments, updates)
+    kept = (steps, rows_array, scalars_array, room, logs, row_steps, segments, updates)
 
     def apply(kept: Any = kept) -> None:
         run_parts(_update_runs, part_cuts, grads, tables)
-        _advance_steps(steps)
+        _advance_steps(steps_at, num_tables)
 
     return apply
 
@@ -572,9 +581,10 @@ def _cuts(segments: Segments, parts: int) -> list[int]:
 
     A long run counts as none: its chunks have been summed before.
     """
-    size, (begins, ends, _) = segments.words.size, segments.long_runs.T
-    if parts == 1 or begins.size == 0:
+    size = segments.words.size
+    if parts == 1 or len(segments.long_runs) == 0:
         return cuts(size, parts)
+    begins, ends, _ = segments.long_runs.T
     left_out = np.concatenate([[0], np.cumsum(ends - begins)])  # positions before each long run
     result = np.array(cuts(size - int(left_out[-1]), parts))
     result += left_out[np.searchsorted(begins - left_out[:-1], result)]
@@ -595,8 +605,8 @@ def _logs(updates: Sequence[Update], untouched: str) -> tuple[list[Any], int]:
         if id(missed) not in tails:
             tails[id(missed)] = make_tails(missed, untouched)
         numbers += log_numbers(missed, tails[id(missed)], last_step)
-    logs = np.array(numbers, dtype=np.int64)
-    return [logs, *tails.values()], logs.ctypes.data
+    logs = array("q", numbers)
+    return [logs, *tails.values()], logs.buffer_info()[0]
 
 
 def _row_steps(updates: Sequence[Update], per_row: bool) -> tuple[list[Any], int]:
@@ -604,5 +614,5 @@ def _row_steps(updates: Sequence[Update], per_row: bool) -> tuple[list[Any], int
     if not per_row:
         return [], 0
     slots = [update.row_step for update in updates]
-    row_steps = np.array([slot.addresses_at() for slot in slots if slot is not None])
-    return [row_steps], row_steps.ctypes.data
+    row_steps = array("q", [slot.addresses_at() for slot in slots if slot is not None])
+    return [row_steps], row_steps.buffer_info()[0]

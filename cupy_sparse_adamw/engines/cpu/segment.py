@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
-import weakref
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from ..._checks import row_error
 from ..._types import MISSING, Pending
-from ._compile import INT64, inline, jit, view
+from ._compile import INT64, at, inline, jit, last_at_most, view
 from ._threads import cuts, num_parts, parallel_for
 
 #: Runs longer than this are summed in chunks of this length, by all threads, then combined in
@@ -36,6 +35,10 @@ BUCKET_BITS = 9
 FIRST_DIGIT_BITS = 8
 #: The later digits' bits at most: their counters should leave room for the words in cache.
 DIGIT_BITS = 10
+#: Columns of ``Segments.tables``.
+FIRST_KEY, FIRST_PIECE, DROP_MISSING, TABLE_WIDTH = range(4)
+#: Columns of ``Segments.pieces``.
+START, ROWS, TABLE, GRADS, ROW_STRIDE, COLUMN_STRIDE, PIECE_WIDTH = range(7)
 #: Fewer words than this are sorted by insertion.
 FEW = 32
 #: Buffers kept for later steps: a step takes one per group of tables.
@@ -72,12 +75,13 @@ class Segments:
         words: [N] int64, sorted.
         position_bits: low bits of a word that hold the position.
         num_kept: how many words are not of dropped gradients, which come last.
-        first_keys: [T + 1] int64, each table's first key.
-        piece_starts: [P + 1] int64, each piece's first position.
-        pieces: [P, 3] int64: address, row stride and column stride (elements) of the gradients.
-        first_pieces: [T + 1] int64, each table's first piece.
+        tables: [T + 1, TABLE_WIDTH] int64: each table's first key and first piece, and whether its
+            missing rows are dropped.
+        pieces: [P + 1, PIECE_WIDTH] int64: each piece's first position, the address of its rows,
+            its table, and the address, row stride and column stride (elements) of its gradients.
         long_runs: [K, 3] int64: begin, end, first chunk of each run longer than ``CHUNK``.
         partials: [chunks, D] float64, room for the sums of the chunks of all long runs.
+        buffer: what the words are in, for later steps.
     """
 
     pending: Sequence[Pending]
@@ -86,20 +90,22 @@ class Segments:
     words: np.ndarray
     position_bits: int
     num_kept: int
-    first_keys: np.ndarray
-    piece_starts: np.ndarray
-    pieces: np.ndarray
-    first_pieces: np.ndarray
+    tables: array[int]
+    pieces: array[int]
     long_runs: np.ndarray
     partials: np.ndarray
+    buffer: np.ndarray
+
+    def __del__(self, put_back: Callable[[np.ndarray], None] = _free_buffers.append) -> None:
+        put_back(self.buffer)
 
 
 @jit
 def _make_words(  # type: ignore[no-untyped-def]
-    part, begin, end, words, position_bits, num_keys, piece_starts, piece_table, rows_address,
-    first_keys, drop_missing, digit_shift, counts,
+    part, begin, end, words, position_bits, num_keys, tables, pieces, num_pieces, digit_shift,
+    counts,
 ):  # fmt: skip
-    """Fill words [begin, end) and count their first digits.
+    """Fill words [begin, end) and count their first digits; tables and pieces are addresses.
 
     Returns:
         The first position whose row is out of range, or -1 if there is none and the words ascend,
@@ -109,21 +115,22 @@ def _make_words(  # type: ignore[no-untyped-def]
     count[:] = 0
     ascending = True
     last = np.int64(-1)
-    piece = np.searchsorted(piece_starts, begin, side="right") - 1
+    piece = last_at_most(begin, pieces, PIECE_WIDTH, num_pieces)
     position = begin
     while position < end:
-        while position >= piece_starts[piece + 1]:
+        while position >= at(pieces, PIECE_WIDTH * (piece + 1) + START, INT64):
             piece += 1
-        start, stop = piece_starts[piece], min(piece_starts[piece + 1], end)
-        rows = view(rows_address[piece], stop - start, INT64)
-        table = piece_table[piece]
-        first_key = first_keys[table]
-        num_rows = first_keys[table + 1] - first_key
+        here = pieces + 8 * PIECE_WIDTH * piece
+        start, stop = at(here, START, INT64), min(at(here, PIECE_WIDTH + START, INT64), end)
+        rows = view(at(here, ROWS, INT64), stop - start, INT64)
+        table = tables + 8 * TABLE_WIDTH * at(here, TABLE, INT64)
+        first_key, drop_missing = at(table, FIRST_KEY, INT64), at(table, DROP_MISSING, INT64) != 0
+        num_rows = at(table, TABLE_WIDTH + FIRST_KEY, INT64) - first_key
         for place in range(position - start, stop - start):
             row = rows[place]
             key = first_key + row
             if row < 0 or row >= num_rows:
-                if row != MISSING or not drop_missing[table]:
+                if row != MISSING or not drop_missing:
                     return start + place
                 key = num_keys
             word = (key << position_bits) | (start + place)
@@ -228,9 +235,32 @@ def _find_long_runs(words, position_bits, num_keys, runs):  # type: ignore[no-un
     return num_kept, count, chunks
 
 
-def _starts(sizes: Iterable[int]) -> np.ndarray:
-    """Where each of several things begins that lie one behind the other, and where all end."""
-    return np.array([*itertools.accumulate(sizes, initial=0)], dtype=np.int64)
+def _describe(pending: Sequence[Pending]) -> tuple[list[int], list[int]]:
+    """``Segments.tables`` and ``Segments.pieces``."""
+    tables: list[int] = []
+    pieces: list[int] = []
+    first_key = first_piece = start = 0
+    for number, table in enumerate(pending):
+        tables += (first_key, first_piece, table.drop_missing)
+        first_key += table.count_rows()
+        first_piece += len(table.pieces)
+        for piece in table.pieces:
+            indices, grad = piece.indices, piece.grad
+            pieces += (start, indices.data_ptr(), number, grad.data_ptr(), *grad.stride())
+            start += indices.numel()
+    tables += (first_key, first_piece, 0)
+    pieces += (start, 0, len(pending), 0, 0, 0)
+    return tables, pieces
+
+
+def _error_at(pending: Sequence[Pending], position: int) -> IndexError:
+    """What to raise for the row of the gradient at a position."""
+    for table in pending:
+        for piece in table.pieces:
+            if position < piece.indices.numel():
+                return row_error(table.name, int(piece.rows[position]), table.count_rows())
+            position -= piece.indices.numel()
+    raise AssertionError("no gradient is at that position")
 
 
 def _sort(
@@ -258,11 +288,8 @@ def segment(pending: Sequence[Pending]) -> Segments:
         IndexError: a row is outside its table; the text names both.
         OverflowError: rows of all tables times gradient rows exceed 2**63.
     """
-    pieces = [(table, piece) for table, p in enumerate(pending) for piece in p.pieces]
-    piece_starts = _starts(piece.indices.numel() for _, piece in pieces)
-    first_pieces = _starts(len(p.pieces) for p in pending)
-    first_keys = _starts(p.count_rows() for p in pending)
-    size, num_keys = int(piece_starts[-1]), int(first_keys[-1])
+    tables, pieces = _describe(pending)
+    num_keys, size = tables[FIRST_KEY - TABLE_WIDTH], pieces[START - PIECE_WIDTH]
     position_bits = max(size - 1, 0).bit_length()
     key_bits = num_keys.bit_length()
     if position_bits + key_bits > 63:
@@ -276,6 +303,7 @@ def segment(pending: Sequence[Pending]) -> Segments:
     buffer = _take_buffer(2 * size)
     words, scratch = buffer[:size], buffer[size : 2 * size]
     counts = np.empty((parts, 1 << digit_bits), dtype=np.int64)
+    table_array, piece_array = array("q", tables), array("q", pieces)
     found = parallel_for(
         _make_words,
         size,
@@ -283,42 +311,32 @@ def segment(pending: Sequence[Pending]) -> Segments:
         words,
         position_bits,
         num_keys,
-        piece_starts,
-        np.array([table for table, _ in pieces], dtype=np.int64),
-        np.array([piece.indices.data_ptr() for _, piece in pieces], dtype=np.int64),
-        first_keys,
-        np.array([p.drop_missing for p in pending], dtype=np.bool_),
+        table_array.buffer_info()[0],
+        piece_array.buffer_info()[0],
+        len(pieces) // PIECE_WIDTH - 1,
         digit_shift,
         counts,
     )
     for position in found:
         if position >= 0:
-            number = int(np.searchsorted(piece_starts, position, side="right")) - 1
-            table, piece = pieces[number]
-            row = int(piece.rows[position - int(piece_starts[number])])
-            raise row_error(pending[table].name, row, pending[table].count_rows())
+            raise _error_at(pending, position)
     inner_cuts = cuts(size, parts)[1:-1]
     if -2 in found or any(words[cut - 1] > words[cut] for cut in inner_cuts):
         words = _sort(words, scratch, position_bits, digit_shift, counts)
     long_runs = np.empty((size // CHUNK, 3), dtype=np.int64)
     num_kept, num_long_runs, num_chunks = _find_long_runs(words, position_bits, num_keys, long_runs)
-    first_grad = pieces[0][1].grad
-    segments = Segments(
+    first_grad = pending[0].pieces[0].grad
+    return Segments(
         pending=pending,
         dim=first_grad.shape[1],
         grad_dtype=first_grad.dtype,
         words=words,
         position_bits=position_bits,
         num_kept=num_kept,
-        first_keys=first_keys,
-        piece_starts=piece_starts,
-        pieces=np.array(
-            [x for _, p in pieces for x in (p.grad.data_ptr(), *p.grad.stride())], dtype=np.int64
-        ),
-        first_pieces=first_pieces,
+        tables=table_array,
+        pieces=piece_array,
         long_runs=long_runs[:num_long_runs],
         # Taken here, since no table has been written to yet: it is all that grows with the batch.
         partials=np.empty((num_chunks, first_grad.shape[1])),
+        buffer=buffer,
     )
-    weakref.finalize(segments, _free_buffers.append, buffer).atexit = False
-    return segments

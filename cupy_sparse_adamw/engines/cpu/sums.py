@@ -18,17 +18,31 @@ from ._compile import (
     INT64,
     TAGS,
     VALUES,
+    address_of,
     at,
     inline,
     itemsize_of,
     jit,
+    last_at_most,
     load,
     prefetch_bytes,
     store,
     view,
 )
 from ._threads import num_parts, parallel_for
-from .segment import CHUNK, Segments, segment
+from .segment import (
+    CHUNK,
+    COLUMN_STRIDE,
+    FIRST_KEY,
+    FIRST_PIECE,
+    GRADS,
+    PIECE_WIDTH,
+    ROW_STRIDE,
+    START,
+    TABLE_WIDTH,
+    Segments,
+    segment,
+)
 
 #: Gradient elements a thread takes at the least.
 GRAIN_ELEMENTS = 32768
@@ -44,11 +58,9 @@ class Grads(NamedTuple):
     words: int
     position_bits: int
     num_kept: int
-    piece_starts: int
-    pieces: int
-    first_pieces: int
-    first_keys: int
+    tables: int
     num_tables: int
+    pieces: int
     long_runs: int
     num_long_runs: int
     partials: int  # [chunks, D] float64: sums of the chunks of long runs
@@ -105,45 +117,40 @@ def next_head(grads, i):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
-    """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
-
-    They begin at address ``first`` and are ``stride`` elements apart.
-    """
-    low, high = 0, count
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if at(first, middle * stride, INT64) <= value:
-            low = middle
-        else:
-            high = middle
-    return low
+def table_at(grads, i):  # type: ignore[no-untyped-def]
+    """The number of the table that the gradient at sorted position i belongs to."""
+    return last_at_most(key_at(grads, i), grads.tables, TABLE_WIDTH, grads.num_tables)
 
 
 @inline
-def table_at(grads, i):  # type: ignore[no-untyped-def]
-    """The number of the table that the gradient at sorted position i belongs to."""
-    return _last_at_most(key_at(grads, i), grads.first_keys, 1, grads.num_tables)
+def first_key_of(grads, number):  # type: ignore[no-untyped-def]
+    """The key of a table's first row."""
+    return at(grads.tables, TABLE_WIDTH * number + FIRST_KEY, INT64)
+
+
+@inline
+def _piece(grads, piece, column):  # type: ignore[no-untyped-def]
+    return at(grads.pieces, PIECE_WIDTH * piece + column, INT64)
 
 
 @inline
 def pieces_of(grads, number, i):  # type: ignore[no-untyped-def]
     """``Pieces`` of a table; sorted position i is one of its."""
-    last_word = (at(grads.first_keys, number + 1, INT64) << grads.position_bits) - 1
-    end = i + 1 + _last_at_most(last_word, grads.words + 8 * i, 1, grads.num_kept - i)
-    first = at(grads.first_pieces, number, INT64)
-    count = at(grads.first_pieces, number + 1, INT64) - first
+    last_word = (first_key_of(grads, number + 1) << grads.position_bits) - 1
+    end = i + 1 + last_at_most(last_word, grads.words + 8 * i, 1, grads.num_kept - i)
+    first = at(grads.tables, TABLE_WIDTH * number + FIRST_PIECE, INT64)
+    count = at(grads.tables, TABLE_WIDTH * (number + 1) + FIRST_PIECE, INT64) - first
     contiguous = True
     for piece in range(first, first + count):
-        contiguous &= at(grads.pieces, 3 * piece + 2, INT64) == 1
-    row_bytes = at(grads.pieces, 3 * first + 1, INT64) * itemsize_of(grads.tag)
+        contiguous &= _piece(grads, piece, COLUMN_STRIDE) == 1
+    row_bytes = _piece(grads, first, ROW_STRIDE) * itemsize_of(grads.tag)
     return Pieces(
         end,
         first,
         count,
-        at(grads.pieces, 3 * first, INT64) - at(grads.piece_starts, first, INT64) * row_bytes,
+        _piece(grads, first, GRADS) - _piece(grads, first, START) * row_bytes,
         row_bytes,
-        at(grads.pieces, 3 * first + 2, INT64),
+        _piece(grads, first, COLUMN_STRIDE),
         contiguous,
     )
 
@@ -154,12 +161,11 @@ def grad_at(grads, i, pieces):  # type: ignore[no-untyped-def]
     position = _word(grads, i) & ((1 << grads.position_bits) - 1)
     if pieces.num == 1:
         return pieces.base + position * pieces.row_bytes, pieces.column_stride
-    starts = grads.piece_starts + 8 * pieces.first
-    piece = pieces.first + _last_at_most(position, starts, 1, pieces.num)
-    place = position - at(grads.piece_starts, piece, INT64)
-    row_bytes = at(grads.pieces, 3 * piece + 1, INT64) * itemsize_of(grads.tag)
-    address = at(grads.pieces, 3 * piece, INT64) + place * row_bytes
-    return address, at(grads.pieces, 3 * piece + 2, INT64)
+    starts = grads.pieces + 8 * PIECE_WIDTH * pieces.first
+    piece = pieces.first + last_at_most(position, starts, PIECE_WIDTH, pieces.num)
+    row_bytes = _piece(grads, piece, ROW_STRIDE) * itemsize_of(grads.tag)
+    address = _piece(grads, piece, GRADS) + (position - _piece(grads, piece, START)) * row_bytes
+    return address, _piece(grads, piece, COLUMN_STRIDE)
 
 
 @inline
@@ -238,7 +244,7 @@ def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def
 def _sum_chunks(part, begin, end, grads):  # type: ignore[no-untyped-def]
     """Fill the partial sums of chunks [begin, end) of the long runs."""
     for chunk in range(begin, end):
-        run = _last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
+        run = last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
         number = chunk - at(grads.long_runs, 3 * run + 2, INT64)
         start = at(grads.long_runs, 3 * run, INT64) + number * CHUNK
         stop = min(start + CHUNK, at(grads.long_runs, 3 * run + 1, INT64))
@@ -250,7 +256,7 @@ def _sum_chunks(part, begin, end, grads):  # type: ignore[no-untyped-def]
 @inline
 def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
     """Sum a long run into total [D] float64: its chunks' sums, in order."""
-    run = _last_at_most(begin, grads.long_runs, 3, grads.num_long_runs)
+    run = last_at_most(begin, grads.long_runs, 3, grads.num_long_runs)
     first = at(grads.long_runs, 3 * run + 2, INT64)
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
@@ -301,17 +307,15 @@ def with_chunks_summed(segments: Segments) -> Grads:
     """The kernels' view of segments, the chunks of long runs summed by all threads."""
     itemsize, partials = segments.grad_dtype.itemsize, segments.partials
     grads = Grads(
-        segments.words.ctypes.data,
+        address_of(segments.words),
         segments.position_bits,
         segments.num_kept,
-        segments.piece_starts.ctypes.data,
-        segments.pieces.ctypes.data,
-        segments.first_pieces.ctypes.data,
-        segments.first_keys.ctypes.data,
+        segments.tables.buffer_info()[0],
         len(segments.pending),
-        segments.long_runs.ctypes.data,
+        segments.pieces.buffer_info()[0],
+        address_of(segments.long_runs),
         len(segments.long_runs),
-        partials.ctypes.data,
+        address_of(partials),
         segments.dim,
         min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
         TAGS[segments.grad_dtype],

@@ -29,6 +29,7 @@ from ._compile import (
     TAGS,
     TURN,
     VALUES,
+    address_of,
     at,
     block_of,
     cast,
@@ -450,7 +451,7 @@ def log_numbers(missed: Missed, tails: np.ndarray[Any, Any], last_step: Any) -> 
         missed.rules.data_ptr(),
         missed.factors.data_ptr(),
         missed.steps.data_ptr(),
-        tails.ctypes.data,
+        address_of(tails),
         last_step.addresses_at(),
         last_step.block_size(),
         reciprocal_of(last_step.block_size()),
@@ -748,7 +749,7 @@ def _table(lagging: Lagging, parts: int) -> tuple[_Table, list[Any]]:
         lagging.exp_avg.row_bytes,
         lagging.exp_avg_sq.row_bytes,
         param.dim,
-        work.ctypes.data,
+        address_of(work),
         (TAGS[param.dtype], TAGS[dtype]),
     )
     return table, [tails, work]
