@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from cupy_sparse_adamw import HashTable, SparseAdamW, functional
-from cupy_sparse_adamw._types import Slot
+from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw.row_store import MAX_LOAD
 
 DIM = 8

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import functional
+from ._slots import Slot
 from ._types import (
     MISSING,
     MOMENT_DTYPE,
@@ -25,7 +26,6 @@ from ._types import (
     Pending,
     PendingGrad,
     RowIndex,
-    Slot,
     Update,
 )
 from .missed_steps import MissedSteps, step_scalars

@@ -11,7 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _checks, functional
 from ._locks import Lock, give_lock
 from ._memory import empty, move_to_huge_pages
-from ._types import MOMENT_DTYPE, HostCopy, Lagging, Pending, PendingGrad, RowReport, Slot
+from ._slots import Slot
+from ._types import MOMENT_DTYPE, HostCopy, Lagging, Pending, PendingGrad, RowReport
 from .missed_steps import MissedSteps
 from .tables import ACCEPTED, Table, dtype_name, require_moments, require_piece
 

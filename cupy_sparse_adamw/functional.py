@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from ._signals import uninterrupted as uninterrupted
-from ._types import Distribution, HostCopy, Lagging, Pending, RowIndex, RowReport, Slot, Update
+from ._slots import Slot
+from ._types import Distribution, HostCopy, Lagging, Pending, RowIndex, RowReport, Update
 
 #: Engine -> its module, absolute or relative to this package.
 _MODULES = {"reference": ".reference", "cpu": ".engines.cpu", "cuda": ".engines.cuda"}

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks, functional
 from ._locks import locked
-from ._types import MISSING, Slot
+from ._slots import Slot
+from ._types import MISSING
 from .children import ChildrenInfo
 from .hooks import (
     AdmitHook,

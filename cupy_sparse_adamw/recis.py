@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import torch
 
 from . import _checks, functional
-from ._types import MISSING, MOMENT_DTYPE, Pending, PendingGrad, Slot
+from ._slots import Slot
+from ._types import MISSING, MOMENT_DTYPE, Pending, PendingGrad
 from .tables import (
     Table,
     dtype_name,

@@ -14,7 +14,8 @@ from torch.utils.data import get_worker_info
 
 from . import functional
 from ._locks import Lock, give_lock
-from ._types import MISSING, MOMENT_DTYPE, Distribution, DistributionKind, RowIndex, Slot
+from ._slots import Slot
+from ._types import MISSING, MOMENT_DTYPE, Distribution, DistributionKind, RowIndex
 from .missed_steps import MissedSteps
 from .row_bound import RowBound, Rows
 from .saved_rows import SavedRows

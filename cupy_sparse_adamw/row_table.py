@@ -8,7 +8,8 @@ import torch
 
 from . import _checks, functional
 from ._locks import Lock, locked
-from ._types import MISSING, Lagging, Pending, Slot
+from ._slots import Slot
+from ._types import MISSING, Lagging, Pending
 from .lookup_grads import LookupGrad, LookupGrads
 from .missed_steps import MissedSteps
 from .row_store import (

@@ -15,7 +15,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import functional
-from ._types import MISSING, MOMENT_DTYPE, Lagging, Pending, RowReport, Slot
+from ._slots import Slot
+from ._types import MISSING, MOMENT_DTYPE, Lagging, Pending, RowReport
 from .missed_steps import MissedSteps
 
 ACCEPTED = (

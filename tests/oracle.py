@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from cupy_sparse_adamw import functional
-from cupy_sparse_adamw._types import MISSING, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import MISSING
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

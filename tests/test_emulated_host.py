@@ -26,7 +26,8 @@ from cupy_sparse_adamw import (
     _checks,
     functional,
 )
-from cupy_sparse_adamw._types import MISSING, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import MISSING
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulated")]
 

@@ -13,7 +13,8 @@ from oracle import bits, relative_error, slot_of
 from test_initializers import ANY_IDS, CASES, draw
 
 from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, functional
-from cupy_sparse_adamw._types import MISSING, RowIndex, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import MISSING, RowIndex
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulated")]
 

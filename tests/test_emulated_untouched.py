@@ -16,6 +16,7 @@ import torch
 from oracle import bits, hot_batch, relative_error, slot_of
 
 from cupy_sparse_adamw import functional
+from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw._types import (
     MISSING,
     MOMENT_DTYPE,
@@ -31,7 +32,6 @@ from cupy_sparse_adamw._types import (
     Pending,
     PendingGrad,
     RowIndex,
-    Slot,
     Update,
 )
 

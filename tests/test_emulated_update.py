@@ -16,7 +16,8 @@ from oracle import Oracle, bits, hot_batch, relative_error, slot_of, within_one_
 from test_update import Table, step
 
 from cupy_sparse_adamw import functional
-from cupy_sparse_adamw._types import MISSING, Hyperparams, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import MISSING, Hyperparams
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulated")]
 

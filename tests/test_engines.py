@@ -21,7 +21,7 @@ import torch
 from oracle import bits
 
 from cupy_sparse_adamw import HashTable, NormalInitializer, functional
-from cupy_sparse_adamw._types import Slot
+from cupy_sparse_adamw._slots import Slot
 
 OPERATIONS = [
     "catch_up_",

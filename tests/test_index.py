@@ -7,13 +7,13 @@ import torch
 from oracle import DTYPES, bits, slot_of
 
 from cupy_sparse_adamw import functional
+from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw._types import (
     DELETED,
     MISSING,
     Distribution,
     DistributionKind,
     RowIndex,
-    Slot,
 )
 from cupy_sparse_adamw.reference.index import _home as reference_home
 

@@ -14,7 +14,8 @@ import torch
 
 import cupy_sparse_adamw as csa
 from cupy_sparse_adamw import functional
-from cupy_sparse_adamw._types import Distribution, DistributionKind, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import Distribution, DistributionKind
 from cupy_sparse_adamw.initializers import require_fits
 
 D, BLOCK = 16, 64  # fan_in and fan_out of the distributions below

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cupy_sparse_adamw"
 
-LEAVES = {"_checks", "_locks", "_memory", "_signals", "_types"}
+LEAVES = {"_checks", "_locks", "_memory", "_signals", "_slots", "_types"}
 ENGINES = {"engines.cpu", "engines.cuda"}
 ANYTHING = {"*"}
 
@@ -27,7 +27,8 @@ ALLOWED = {
     "_signals": set(),
     "_locks": {"_signals"},
     "_memory": set(),
-    "_types": {"_memory"},
+    "_slots": {"_memory"},
+    "_types": {"_slots"},
     "_checks": {"_types"},
     "initializers": LEAVES,
     "reference": LEAVES,

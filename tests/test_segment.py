@@ -12,7 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cupy_sparse_adamw import SparseAdamW
-from cupy_sparse_adamw._types import MISSING, Pending, PendingGrad, Slot
+from cupy_sparse_adamw._slots import Slot
+from cupy_sparse_adamw._types import MISSING, Pending, PendingGrad
 
 pytest.importorskip("numba")
 cpu = importlib.import_module("cupy_sparse_adamw.engines.cpu.segment")

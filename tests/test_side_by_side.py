@@ -10,7 +10,7 @@ import torch
 from oracle import bits
 
 from cupy_sparse_adamw import HashTable, SparseAdamW, checkpoint, functional
-from cupy_sparse_adamw._types import Slot
+from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw.row_store import EXP_AVG, EXP_AVG_SQ
 
 DIM, ROWS = 6, 40

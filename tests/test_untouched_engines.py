@@ -16,6 +16,7 @@ import torch
 from oracle import DTYPES, bits, moments_of, relative_error, slot_of, within_one_ulp
 
 from cupy_sparse_adamw import functional
+from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw._types import (
     MISSING,
     MOMENT_DTYPE,
@@ -32,7 +33,6 @@ from cupy_sparse_adamw._types import (
     Pending,
     PendingGrad,
     RowIndex,
-    Slot,
     Update,
 )
 

@@ -10,7 +10,7 @@ import torch
 from .. import functional
 from .._locks import Held
 from .._memory import empty
-from .._types import Slot
+from .._slots import Slot
 from ..embedding_table import EmbeddingTable, new_moments, table_behind
 from ..hash_table import HashTable
 from ..missed_steps import MissedSteps

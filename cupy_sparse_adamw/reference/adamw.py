@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .._checks import row_error
-from .._types import MISSING, MOMENT_DTYPE, Pending, Slot, Update
+from .._slots import Slot
+from .._types import MISSING, MOMENT_DTYPE, Pending, Update
 from .blocks import gather, scatter_
 from .untouched import caught_up
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .._types import MISSING, Slot
+from .._slots import Slot
+from .._types import MISSING
 
 
 def by_block(

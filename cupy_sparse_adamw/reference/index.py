@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .._types import DELETED, MISSING, Distribution, RowIndex, Slot
+from .._slots import Slot
+from .._types import DELETED, MISSING, Distribution, RowIndex
 from .blocks import scatter_
 from .random import init_rows_
 

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from .._types import Distribution, DistributionKind, Slot
+from .._slots import Slot
+from .._types import Distribution, DistributionKind
 from .blocks import by_block
 
 _LOW_32 = 0xFFFFFFFF

@@ -50,6 +50,25 @@ from ._compile import (
     view,
 )
 from ._threads import cuts, num_parts, run_parts, start_threads
+from .missed import (
+    INT32,
+    REPLAY,
+    TAGS_OF,
+    caught_up,
+    cell_address,
+    kind_of,
+    last_step_of,
+    log_at,
+    log_numbers,
+    make_tails,
+    missed_since,
+    prefetch_missed,
+    replay_row,
+    set_last_step,
+    store_row,
+    two_nodes_do,
+    with_two_nodes,
+)
 from .segment import CHUNK, Segments
 from .sums import (
     GRAIN_ELEMENTS,
@@ -66,26 +85,7 @@ from .sums import (
     table_at,
     with_chunks_summed,
 )
-from .untouched import (
-    INT32,
-    REPLAY,
-    TAGS_OF,
-    caught_up,
-    cell_address,
-    kind_of,
-    last_step_of,
-    log_at,
-    log_numbers,
-    make_tails,
-    missed_since,
-    prefetch_missed,
-    prefetch_row_turn,
-    replay_row,
-    set_last_step,
-    store_row,
-    two_nodes_do,
-    with_two_nodes,
-)
+from .untouched import prefetch_row_turn
 
 #: Numbers of ``_Tables.rows`` for a table.
 ROWS_WIDTH = 9

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..._types import DELETED, MISSING, Distribution, RowIndex, Slot
+from ..._slots import Slot
+from ..._types import DELETED, MISSING, Distribution, RowIndex
 from ._compile import (
     BYTE,
     INT64,

@@ -24,7 +24,8 @@ import math
 import numpy as np
 import torch
 
-from ..._types import Distribution, Slot
+from ..._slots import Slot
+from ..._types import Distribution
 from ._compile import PARAM, TAGS, jit, reciprocal_of, row_address, store
 from ._interop import array_of
 from ._threads import num_parts, parallel_for

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._types import Missed, Slot
+from ..._slots import Slot
+from ..._types import Missed
 from . import _interop
 from ._compile import GROUP, launch
 

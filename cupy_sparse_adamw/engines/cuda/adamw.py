@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ..._checks import lr_error, row_error
-from ..._types import MOMENT_DTYPE, Pending, Slot, Update
+from ..._slots import Slot
+from ..._types import MOMENT_DTYPE, Pending, Update
 from . import _interop
 from ._compile import (
     GROUP,

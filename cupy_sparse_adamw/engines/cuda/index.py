@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._types import Distribution, RowIndex, Slot
+from ..._slots import Slot
+from ..._types import Distribution, RowIndex
 from . import _interop
 from ._compile import (
     THREADS,

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._types import Distribution, Slot
+from ..._slots import Slot
+from ..._types import Distribution
 from ._compile import THREADS, WARP, blocks_for, hash_table_variant, launch
 from ._group import block_table, divisor_struct
 
