@@ -62,11 +62,16 @@ ALLOWED = {
     "checkpoint.plain_state": LEAVES,
     "checkpoint.files": LEAVES,
     "checkpoint.index": LEAVES | {"checkpoint.files"},
+    "checkpoint.dense": LEAVES | {"checkpoint.files"},
+    "checkpoint.modules": LEAVES
+    | {"checkpoint.dense", "checkpoint.plain_state", "checkpoint.tables"}
+    | {"tables", "embedding_table"},
     "checkpoint.tables": LEAVES
     | {"functional", "tables", "hash_table", "row_store", "row_table", "saved_rows"}
     | {"missed_steps", "embedding_table"},
     "checkpoint": LEAVES
     | {"checkpoint.files", "checkpoint.index", "checkpoint.tables", "checkpoint.plain_state"}
+    | {"checkpoint.dense", "checkpoint.modules"}
     | {"tables", "embedding_table", "hash_table", "optim", "optimizer_state", "row_store"}
     | {"missed_steps"},
     "_doctor": LEAVES | {"functional", "missed_steps"},

@@ -5,12 +5,9 @@ See docs/checkpoints.md for the format and what is promised.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,10 @@ from ..optimizer_state import build_state, export_state
 from ..row_store import LAST_STEP, OPTIMIZER_SLOTS
 from ..tables import Table, as_table, filter_out_sparse_param, rows_apart
 from . import files
-from .files import CheckpointError, Reader, Writer
+from .dense import Dense, read_dense
+from .files import CheckpointError, Reader, Writer, naming
 from .index import FORMAT, STEP, checkpoints, parts_of, read_chain, remove_old, usable
+from .modules import require_tied, state_of, with_weights
 from .plain_state import Reference, pack, unpack
 from .tables import IDS, HashTableRows, TableRows, WeightRows, held
 
@@ -88,13 +87,13 @@ def save(
         for table in tables.values():
             if table.owner is None:  # nobody saves what its rows have missed
                 table.bring_up_to_date()
-        dense = _Dense()
+        dense = Dense()
         state = {
             "model": None
             if model is None
-            else pack(_state_of(model, tables), "model", dense.shared),
+            else pack(state_of(model, tables), "model", dense.shared),
             "tables": pack(
-                {name: _state_of(table, tables) for name, table in _lone(model, tables).items()},
+                {name: state_of(table, tables) for name, table in _lone(model, tables).items()},
                 "tables",
                 dense.keep,
             ),
@@ -129,7 +128,7 @@ def save(
                     "base": None if base is None else {"name": base[1], "sha256": base[2]},
                     "follow": follow,
                     "tables": entries,
-                    "tensors": dense.write(writer),
+                    "tensors": dense.write(writer, CHUNK_BYTES),
                     "state": state,
                 }
                 checksum = writer.index(index)
@@ -296,79 +295,6 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def _state_of(module: torch.nn.Module, tables: Mapping[str, TableRows]) -> dict[str, Any]:
-    """What ``module.state_dict()`` has beside rows of tables; references stand for weights."""
-    weights = {
-        place: name
-        for name, rows in tables.items()
-        if isinstance(rows.table, EmbeddingTable) and (place := _place(rows.table.weight))
-    }
-    with rows_apart():
-        saved = module.state_dict()
-    values = OrderedDict(
-        (key, Reference(weights[place]) if (place := _place(value)) in weights else value)
-        for key, value in saved.items()
-    )
-    metadata = {key: dict(value) for key, value in getattr(saved, "_metadata", {}).items()}
-    return {"values": values, "metadata": metadata}
-
-
-def _place(value: Any) -> tuple[Any, ...] | None:
-    """What tensors over the same memory share; None of others."""
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.layout is not torch.strided
-        or not value.numel()
-        or value.device.type == "meta"
-    ):
-        return None
-    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
-
-
-class _Dense:
-    """The dense tensors of a checkpoint, numbered."""
-
-    def __init__(self) -> None:
-        self._tensors: list[torch.Tensor] = []
-        self._numbers: dict[tuple[Any, ...], int] = {}
-
-    def keep(self, path: str, tensor: torch.Tensor) -> int:
-        files.require_storable(path, tensor)
-        self._tensors.append(tensor)
-        return len(self._tensors) - 1
-
-    def shared(self, path: str, tensor: torch.Tensor) -> int:
-        """``keep``, but once of tensors over the same memory, as tied weights are."""
-        place = _place(tensor)
-        if place is None:
-            return self.keep(path, tensor)
-        if place not in self._numbers:
-            self._numbers[place] = self.keep(path, tensor)
-        return self._numbers[place]
-
-    def write(self, writer: Writer) -> list[dict[str, Any]]:
-        """Write all of them, a file for each so many bytes, and list where they are."""
-        entries: list[dict[str, Any]] = []
-        file: dict[str, torch.Tensor] = {}
-        number = size = 0
-        for i, tensor in enumerate(self._tensors):
-            if file and size + tensor.nbytes > CHUNK_BYTES:
-                writer.tensors(f"dense-{number}.safetensors", file)
-                file, number, size = {}, number + 1, 0
-            file[str(i)] = tensor
-            size += tensor.nbytes
-            entries.append(
-                {
-                    "file": f"dense-{number}.safetensors",
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "shape": list(tensor.shape),
-                }
-            )
-        if file:
-            writer.tensors(f"dense-{number}.safetensors", file)
-        return entries
-
-
 def _write_table(
     writer: Writer, number: int, table: TableRows, base: tuple[str, str, str] | None
 ) -> dict[str, Any]:
@@ -419,7 +345,7 @@ def _require_same(what: str, saved: Iterable[str], here: Iterable[str]) -> None:
 
 def _read_state(reader: Reader) -> dict[str, Any]:
     """Everything but tables: "model", "tables" that are not in it, "optimizers" and "extra"."""
-    packed, tensors = reader.index["state"], _read_dense(reader)
+    packed, tensors = reader.index["state"], read_dense(reader)
     try:
         state = {
             part: unpack(packed[part], tensors.__getitem__, reference)
@@ -501,7 +427,7 @@ def _build_table(
     for reader, entry in parts:  # before memory is taken for what an index claims to have
         for chunk in entry["chunks"]:
             reader.require_there(chunk["file"])
-    with _naming(chain[0], files.INDEX):
+    with naming(chain[0], files.INDEX):
         log = _log_of(saved, newest["owner"])
         if (log is not None) != (LAST_STEP in newest["slots"]):
             raise ValueError(f"table {name!r} has either steps of rows or a log of steps, not both")
@@ -510,26 +436,18 @@ def _build_table(
     for reader, entry in reversed(parts):
         slots = entry["slots"]
         for file in entry["deleted"]:
-            with _naming(reader, file):
+            with naming(reader, file):
                 table.delete(_rows_in(reader.tensors(file), {})[IDS])
         for chunk in entry["chunks"]:
-            with _naming(reader, chunk["file"]):
+            with naming(reader, chunk["file"]):
                 tensors = _rows_in(reader.tensors(chunk["file"]), slots, chunk["rows"])
                 table.put(tensors.pop(IDS), tensors)
             del tensors
         if entry["whole"]:
-            with _naming(reader, files.INDEX):
+            with naming(reader, files.INDEX):
                 table.require_whole()
-    with _naming(chain[0], files.INDEX):
+    with naming(chain[0], files.INDEX):
         table.finish(keep_moments=not with_moments)
-
-
-@contextlib.contextmanager
-def _naming(reader: Reader, file: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{reader.folder / file} is not what was saved: {error}") from error
 
 
 def _rows_in(
@@ -549,19 +467,6 @@ def _rows_in(
         for name, slot in slots.items()
     }
     return {IDS: ids, **shaped}
-
-
-def _read_dense(reader: Reader) -> list[torch.Tensor]:
-    """The dense tensors by number."""
-    entries = reader.index["tensors"]
-    found: dict[str, torch.Tensor] = {}
-    for file in dict.fromkeys(entry["file"] for entry in entries):
-        found |= reader.tensors(file)
-    result = []
-    for number, entry in enumerate(entries):
-        with _naming(reader, entry["file"]):
-            result.append(files.restored(found[str(number)], entry["dtype"], entry["shape"]))
-    return result
 
 
 def _install(
@@ -584,11 +489,11 @@ def _install(
                 rows.exchange()
                 undo.append(rows.exchange)
             for module, state in modules:
-                here = _state_of(module, tables)
-                _require_tied(state, here)
-                before = _with_weights(here, tables, copied=True)
+                here = state_of(module, tables)
+                require_tied(state, here)
+                before = with_weights(here, tables, copied=True)
                 undo.append(functools.partial(module.load_state_dict, before))
-                module.load_state_dict(_with_weights(state, tables))
+                module.load_state_dict(with_weights(state, tables))
             for name, optimizer in optimizers.items():
                 state = saved["optimizers"][name]
                 _like_devices(state, optimizer)
@@ -610,41 +515,6 @@ def _install(
 def _restore(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> None:
     """Undo torch's ``load_state_dict``, which replaces these and leaves them as they are."""
     optimizer.state, optimizer.param_groups = attributes["state"], attributes["param_groups"]
-
-
-def _with_weights(
-    state: dict[str, Any], tables: Mapping[str, TableRows], copied: bool = False
-) -> OrderedDict[str, Any]:
-    """What ``load_state_dict`` takes; weights of tables stand for themselves, to be left alone."""
-    values: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state["values"].items():
-        if isinstance(value, Reference):
-            values[key] = tables[value.name].table.key
-        else:
-            values[key] = _copy(value) if copied else value
-    vars(values)["_metadata"] = state["metadata"]
-    return values
-
-
-def _copy(value: Any) -> Any:
-    # deepcopy of a view would copy all that it is a view of
-    return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-
-
-def _require_tied(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise ValueError if a key is a table's weight in one of two states, and not in the other."""
-
-    def of(state: dict[str, Any], key: str) -> str | None:
-        value = state["values"][key]
-        return value.name if isinstance(value, Reference) else None
-
-    for key in saved["values"].keys() & here["values"].keys():
-        there, now = of(saved, key), of(here, key)
-        if there != now:
-            raise ValueError(
-                f"{key} is the weight of table {now!r}, but in the checkpoint of table {there!r} "
-                f"(None: of no table); tie weights, and choose sparse=True, as when it was saved"
-            )
 
 
 def _build_optimizer(

@@ -359,3 +359,12 @@ def _require(pattern: re.Pattern[str], text: Any) -> str:
     if type(text) is not str or not pattern.fullmatch(text):
         raise ValueError(f"{text!r:.80} where {pattern.pattern} must be")
     return text
+
+
+@contextlib.contextmanager
+def naming(reader: Reader, file: str) -> Iterator[None]:
+    """What is raised within, of content that is not what was saved, becomes a CheckpointError."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{reader.folder / file} is not what was saved: {error}") from error
