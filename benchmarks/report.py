@@ -7,8 +7,8 @@ Ratios are compared, not seconds: how many times as long a rival takes as we do,
 time over ours. If we get slower, all ratios of a case fall; if a rival has a good day (new memory
 alone makes torch's times differ by a fifth from process to process), its own falls. So a case is
 worse if the median of its ratios' changes is, and one ratio that falls alone is told, no more.
-Of several runs, a case is worse if it is in all of them: what disturbs a machine passes, a slower
-step stays.
+Of several runs, a case is worse if it is in each: what disturbs a machine passes, a slower step
+stays. What is missing or no number is wrong in any.
 
 Exit status: 1 if a case is worse by more than it may, or a case or ratio is gone; 2 if a file
 cannot be read.
@@ -23,7 +23,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from goals import GOALS
 
@@ -157,9 +157,21 @@ def read_baseline(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- comparison
 
 
-def compare(
-    cases: Cases, baseline: dict[str, Any], quick: bool, tolerance: float
-) -> tuple[dict[str, list[str]], list[str]]:
+class Comparison(NamedTuple):
+    """A run beside the baseline.
+
+    Attributes:
+        broken: what is missing or no number.
+        worse: case -> how far it fell, of those that fell by more than they may.
+        told: what else is worth telling.
+    """
+
+    broken: list[str]
+    worse: dict[str, str]
+    told: list[str]
+
+
+def compare(cases: Cases, baseline: dict[str, Any], quick: bool, tolerance: float) -> Comparison:
     """Compare a run's ratios with the baseline's.
 
     Args:
@@ -168,47 +180,48 @@ def compare(
         tolerance: the part that ratios may lose.
 
     Returns:
-        What is wrong, by case, and what else is worth telling, a line each.
+        What was found.
     """
-    wrong: dict[str, list[str]] = defaultdict(list)
-    told = []
+    broken: list[str] = []
+    worse: dict[str, str] = {}
+    told: list[str] = []
     for name, entry in baseline["cases"].items():
         if quick and not entry["quick"]:
             continue
         if name not in cases:
-            wrong[name].append("is in the baseline but not in this run")
+            broken.append(f"{name}: is in the baseline but not in this run")
             continue
         now = ratios_of(cases[name])
         told += [f"new: {name}: {key}" for key in now if key not in entry["ratios"]]
         before = {key: value for key, value in entry["ratios"].items() if key in now}
         if not before:
-            wrong[name].append("none of the baseline's ratios was measured")
+            broken.append(f"{name}: none of the baseline's ratios was measured")
             continue
         if not quick:
             reasons = cases[name].get("not_timed", {})
-            gone = [key for key in entry["ratios"] if key not in now]
-            if gone:
-                wrong[name] += [
-                    f"the ratio to {key} is gone: {reasons.get(key, 'it was not timed')}"
-                    for key in gone
-                ]
+            broken += [
+                f"{name}: the ratio to {key} is gone: {reasons.get(key, 'it was not timed')}"
+                for key in entry["ratios"]
+                if key not in now
+            ]
         changes = {key: now[key] / value - 1 for key, value in before.items()}
-        fallen = [key for key, change in changes.items() if not change >= -tolerance]  # NaN too
+        if not all(map(math.isfinite, changes.values())):
+            broken.append(f"{name}: a ratio is no number: {now}")
+            continue
+        fallen = [key for key, change in changes.items() if change < -tolerance]
         lines = [
             f"{key} / ours from {before[key]:.2f} to {now[key]:.2f} ({100 * changes[key]:+.0f}%)"
             for key in fallen
         ]
         middle = statistics.median(changes.values())
-        if not all(map(math.isfinite, changes.values())) or not middle >= -tolerance:
-            wrong[name].append(
-                f"{100 * middle:+.0f}%, the median of {len(changes)}: {'; '.join(lines)}"
-            )
+        if middle < -tolerance:
+            worse[name] = f"{100 * middle:+.0f}%, the median of {len(changes)}: {'; '.join(lines)}"
         else:
             told += [f"alone in its case: {name}: {line}" for line in lines]
     told += [
         f"new: {name}" for name in cases if name not in baseline["cases"] and ratios_of(cases[name])
     ]
-    return wrong, told
+    return Comparison(broken, worse, told)
 
 
 # ---------------------------------------------------------------------- table
@@ -423,25 +436,29 @@ def print_comparison(runs: list[tuple[Cases, dict[str, Any]]], baseline: dict[st
     quick = "quick" in selections
     tolerance = QUICK_TOLERANCE if quick else TOLERANCE
     compared = [compare(cases, baseline, quick, tolerance) for cases, _ in runs]
-    cases, environment = runs[-1]
-    wrong, told = compared[-1]
     before = baseline["environment"]
     for key in ("cpu", "cores", "threads"):
-        if before.get(key) != environment[key]:
-            print(f"note: {key} was {before.get(key)}, here it is {environment[key]}")
-    for line in told:
+        for now in dict.fromkeys(environment[key] for _, environment in runs):
+            if before.get(key) != now:
+                print(f"note: {key} was {before.get(key)}, here it is {now}")
+    for line in compared[-1].told:
         print(line)
-    worse = {name: lines for name, lines in wrong.items() if all(name in w for w, _ in compared)}
-    for name, lines in wrong.items():
-        for line in lines:
-            print(f"{'WORSE' if name in worse else 'only in this run'}: {name}: {line}")
-    count = sum(len(ratios_of(figures)) for figures in cases.values())
-    findings = sum(map(len, worse.values()))
-    verdict = f"{findings} findings" if worse else "none fell by more"
-    if len(runs) > 1:
-        verdict += f" in each of {len(runs)} runs"
-    print(f"benchmarks: {count} ratios, falls of {100 * tolerance:.0f}% allowed: {verdict}")
-    return 1 if worse else 0
+    broken = list(dict.fromkeys(line for found in compared for line in found.broken))
+    worse = [name for name in compared[-1].worse if all(name in found.worse for found in compared)]
+    for number, found in enumerate(compared, 1):
+        for name, line in found.worse.items():
+            if name not in worse:
+                print(f"not in every run: {name}: {line} (run {number})")
+    lines = [*broken, *(f"{name}: {compared[-1].worse[name]}" for name in worse)]
+    for line in lines:
+        print(f"WORSE: {line}")
+    count = sum(len(ratios_of(figures)) for figures in runs[-1][0].values())
+    verdict = f"{len(lines)} findings" if lines else "none fell by more"
+    runs_of = f"{len(runs)} runs of " if len(runs) > 1 else ""
+    print(
+        f"benchmarks: {runs_of}{count} ratios, falls of {100 * tolerance:.0f}% allowed: {verdict}"
+    )
+    return 1 if lines else 0
 
 
 def write_baseline(cases: Cases, environment: dict[str, Any], path: Path) -> int:

@@ -320,14 +320,23 @@ def test_of_several_runs_a_case_must_be_worse_in_all(compare):
 
     status, said = compare([a_case(), slow_id], before, "quick", earlier=[first])
     assert status == 0
-    assert "only in this run: one-id: -50%" in said
-    assert "none fell by more in each of 2 runs" in said
+    assert "not in every run: D64-uniform: -50%" in said
+    assert "not in every run: one-id: -50%" in said
+    assert "(run 2)" in said
+    assert "benchmarks: 2 runs of 4 ratios, falls of 35% allowed: none fell by more" in said
 
     status, said = compare([slow, slow_id], before, "quick", earlier=[first, first])
     assert status == 1
     assert "WORSE: D64-uniform: -50%" in said
-    assert "only in this run: one-id: -50%" in said
-    assert "1 findings in each of 3 runs" in said
+    assert "not in every run: one-id: -50%" in said
+    assert "benchmarks: 3 runs of 4 ratios, falls of 35% allowed: 1 findings" in said
+
+
+@pytest.mark.parametrize("broken", [[a_case(ratio=float("nan"))], [a_case("one-id")]])
+def test_what_is_broken_in_one_of_several_runs_fails(compare, broken):
+    status, said = compare([a_case()], [a_case()], "quick", earlier=[broken])
+    assert status == 1
+    assert "WORSE: D64-uniform: " in said
 
 
 def test_runs_that_differ_in_kind_are_not_mixed(tmp_path, capsys):

@@ -308,6 +308,56 @@ def test_parts_are_run_by_whatever_threads_there_are(monkeypatch):
     assert _threads.parallel_for(lambda *args: args, 10, 7) == expected
 
 
+def test_ctrl_c_while_helpers_are_called_leaves_none_at_work(monkeypatch):
+    from cupy_sparse_adamw.engines.cpu import _threads
+
+    running = threading.Event()
+
+    class Jobs(queue.SimpleQueue):
+        def put(self, job):
+            super().put(job)
+            assert running.wait(60)
+            raise KeyboardInterrupt
+
+    calls = []
+
+    def part(number, begin, end):
+        calls.append(number)
+        running.set()
+        time.sleep(0.1)
+        return 0
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(_threads, "_threads", [])
+    monkeypatch.setattr(_threads, "_jobs", Jobs())
+    with pytest.raises(KeyboardInterrupt):
+        _threads.parallel_for(part, 8, 8)
+    made = list(calls)
+    assert made
+    time.sleep(0.3)
+    assert calls == made, "a helper goes on with memory that its caller has given up"
+    assert len(made) < 8
+
+
+@pytest.mark.parametrize(
+    ("size", "grain", "threads", "parts"),
+    [
+        (0, 100, 4, 1),
+        (199, 100, 4, 1),
+        (200, 100, 4, 2),
+        (1_599, 100, 4, 15),
+        (10_000, 100, 4, 16),
+        (10_000, 100, 1, 1),
+        (7, 0, 2, 7),
+    ],
+)
+def test_num_parts(monkeypatch, size, grain, threads, parts):
+    from cupy_sparse_adamw.engines.cpu import _threads
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert _threads.num_parts(size, grain) == parts
+
+
 @pytest.mark.parametrize(
     ("size", "long_runs", "parts", "expected"),
     [
@@ -341,7 +391,7 @@ def test_a_helper_that_comes_late_finds_nothing_to_do():
     memory = torch.empty(1)
     job = _threads._Job(part, [0, 3, 7], (memory,))
     held = weakref.ref(memory)
-    assert job.run() == [0, 1]
+    assert job.run(0) == [0, 1]
     job.help()
     assert calls == [(0, 0, 3), (1, 3, 7)]
     del memory

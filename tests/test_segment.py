@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -110,6 +112,20 @@ def test_tables_pieces_and_missing_rows(threads_set_to):
     check(tables)
 
 
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    "bad", [MISSING, 7], ids=["missing where none are dropped", "beyond the last"]
+)
+def test_the_piece_and_table_of_a_row_out_of_range_are_found(bad, second):
+    """In a later piece of a table, behind or before one whose missing rows are dropped."""
+    dropping = pending_of(9, torch.tensor([MISSING, 8]), torch.tensor([MISSING]), drop_missing=True)
+    wrong = pending_of(7, torch.tensor([], dtype=torch.int64), torch.arange(3), torch.tensor([bad]))
+    wrong.name = "wrong"
+    tables = [dropping, wrong] if second else [wrong, dropping]
+    with pytest.raises(IndexError, match=f"table 'wrong': .* row {bad}, but the table has 7 rows"):
+        cpu.segment(tables)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 1024])
 def test_the_key_of_missing_rows_fits(num_rows, threads_set_to):
     """It is the number of rows: at a power of two it needs one more bit than any row."""
@@ -125,12 +141,15 @@ def test_a_sort_key_has_63_bits():
 
 
 def test_a_small_step_gives_a_large_buffer_up():
+    large = [pending_of(1 << 20, torch.randint(0, 1 << 20, (200_000,)))]
+    check(large)  # compiling leaves frames behind, until they are collected
+    gc.collect()
     cpu._free_buffers.clear()
-    check([pending_of(1 << 20, torch.randint(0, 1 << 20, (200_000,)))])
-    assert [buffer.size for buffer in cpu._free_buffers] == [400_000]
+    check(large)
+    assert [words.size for words in cpu._free_buffers] == [400_000]
     for _ in range(2):
         check([pending_of(9, torch.tensor([8, 1, 8]))])
-    assert sum(buffer.size for buffer in cpu._free_buffers) < 100_000
+    assert sum(words.size for words in cpu._free_buffers) < 100_000
 
 
 def test_segments_that_live_at_once_share_no_memory():
@@ -142,6 +161,16 @@ def test_segments_that_live_at_once_share_no_memory():
     del segments
     alive.clear()
     check([tables[0]])  # in a buffer that another had
+
+
+def test_words_are_free_when_no_copy_of_the_segments_is_left():
+    cpu._free_buffers.clear()
+    segments = cpu.segment([pending_of(9, torch.tensor([8, 1, 8]))])
+    twin = copy.copy(segments)
+    del segments
+    assert not cpu._free_buffers
+    del twin
+    assert len(cpu._free_buffers) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import numpy as np
@@ -178,6 +179,41 @@ def test_many_tables_in_one_step(engine):
             if table is not tables[0]:  # table 0 never gets a gradient row
                 assert relative_error(ours, exact) <= limit
     assert not tables[0].values()[1].any()
+
+
+def test_tables_share_settings_but_not_their_number_of_updates(engine):
+    tables = [Table(torch.randn(5, 3)) for _ in range(4)]
+    oracles = [Oracle(table.values()[0]) for table in tables]
+    rows, grads = torch.tensor([3, 1, 3]), torch.randn(2, 4, 3, 3)
+    for i, chosen in enumerate(([1, 3], [0, 1, 2, 3])):  # counts are 1, 2, 1, 2
+        step([tables[n] for n in chosen], [tables[n].pending((rows, grads[i, n])) for n in chosen])
+        for n in chosen:
+            oracles[n].step(rows, grads[i, n].double())
+    for table, oracle in zip(tables, oracles, strict=True):
+        assert relative_error(table.values()[0], oracle.param) <= TOLERANCE[torch.float32][0]
+
+
+def test_a_prepared_step_keeps_what_it_needs(engine):
+    """Between preparing and applying a step others come and go in memory."""
+    torch.manual_seed(0)
+    rows, grads = torch.arange(9000) % 3, torch.randn(9000, 6)
+    tables = [Table(torch.ones(5, 6)) for _ in range(2)]
+    done = []
+    for number, table in enumerate(tables):
+        pending = [table.pending((rows, grads))]
+        segments = functional.segment(pending)
+        apply = functional.prepare_sparse_adamw(
+            [Update(pending[0], *table.slots[1:], table.t, table.hyper)], segments
+        )
+        del pending, segments
+        if number:
+            gc.collect()
+            other = Table(torch.ones(7, 6))
+            step([other], [other.pending((6 - rows, -grads))])
+            done += [np.full(size, 255, dtype=np.uint8) for size in range(8, 2000, 8)]
+        apply()
+    for ours, theirs in zip(tables[1].values(), tables[0].values(), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.parametrize("copies", [2, 9, 2048, 2049, 10_000])  # around the CPU engine's chunk

@@ -59,10 +59,12 @@ class _Job:
         self._ended.append(error)
         self._end.put(None)
 
-    def run(self) -> list[int]:
-        """Take parts, wait for the helpers' last ones, and return what all calls returned."""
+    def run(self, helpers: int) -> list[int]:
+        """Call helpers, take parts, wait for theirs, and return what all calls returned."""
         error: BaseException | None = None
         try:
+            for _ in range(helpers):
+                _jobs.put(self)
             self._take_parts()
         except BaseException as raised:  # Ctrl-C
             error = raised
@@ -155,7 +157,5 @@ def run_parts(kernel: Callable[..., int], cuts: list[int], *args: Any) -> list[i
     parts = len(cuts) - 1
     if parts == 1:
         return [kernel(0, *cuts, *args)]
-    job = _Job(kernel, cuts, args)
-    for _ in range(min(torch.get_num_threads(), parts, len(_threads) + 1) - 1):
-        _jobs.put(job)
-    return job.run()
+    helpers = min(torch.get_num_threads(), parts, len(_threads) + 1) - 1
+    return _Job(kernel, cuts, args).run(helpers)

@@ -44,6 +44,7 @@ from ._compile import (
     load,
     prefetch,
     prefetch_bytes,
+    prefetch_row_turn,
     prefetch_turn,
     reciprocal_of,
     store,
@@ -85,10 +86,10 @@ from .sums import (
     table_at,
     with_chunks_summed,
 )
-from .untouched import prefetch_row_turn
 
-#: Numbers of ``_Tables.rows`` for a table.
+#: Numbers of ``_Tables.rows`` for a table, and which of them is the place of its scalars.
 ROWS_WIDTH = 9
+PLACE = 8
 #: Numbers of ``_scalars``.
 SCALARS = 12
 
@@ -198,7 +199,7 @@ def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
 @inline
 def _scalars_at(tables, number):  # type: ignore[no-untyped-def]
     """A table's ``_scalars``."""
-    place = at(tables.rows, ROWS_WIDTH * number + 8, INT64)
+    place = at(tables.rows, ROWS_WIDTH * number + PLACE, INT64)
     return view(tables.scalars + 8 * SCALARS * place, SCALARS, FLOAT64)
 
 

@@ -35,9 +35,8 @@ BUCKET_BITS = 9
 FIRST_DIGIT_BITS = 8
 #: The later digits' bits at most: their counters should leave room for the words in cache.
 DIGIT_BITS = 10
-#: Columns of ``Segments.tables``.
+#: Columns of ``Segments.tables`` and ``Segments.pieces``; both are searched by the first.
 FIRST_KEY, FIRST_PIECE, DROP_MISSING, TABLE_WIDTH = range(4)
-#: Columns of ``Segments.pieces``.
 START, ROWS, TABLE, GRADS, ROW_STRIDE, COLUMN_STRIDE, PIECE_WIDTH = range(7)
 #: Fewer words than this are sorted by insertion.
 FEW = 32
@@ -50,19 +49,33 @@ LITTLE = 1 << 16
 _free_buffers: collections.deque[np.ndarray] = collections.deque(maxlen=MAX_BUFFERS)
 
 
-def _take_buffer(size: int) -> np.ndarray:
-    """Room for ``size`` words, to be put back into ``_free_buffers``.
+class _Buffer:
+    """Room for words, which goes back into ``_free_buffers`` when nobody has this any more.
 
     Buffers go round, since a fresh page costs more than it takes to sort the words in it. Groups
     take them in the order in which they put them back. One that does not fit is let go.
     """
+
+    words: np.ndarray | None = None
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    # By default arguments: at the interpreter's end a module's names are gone.
+    def __del__(self, put_back: Callable[[np.ndarray], None] = _free_buffers.append) -> None:
+        if self.words is not None:
+            put_back(self.words)
+
+
+def _free_words(size: int) -> np.ndarray:
+    """At least ``size`` words that nobody uses, for a ``_Buffer``."""
     while _free_buffers:
         try:
-            buffer = _free_buffers.popleft()
+            words = _free_buffers.popleft()
         except IndexError:  # another thread was faster
             break
-        if size <= buffer.size <= max(MAX_SPARE * size, LITTLE):
-            return buffer
+        if size <= words.size <= max(MAX_SPARE * size, LITTLE):
+            return words
     return np.empty(size, dtype=np.int64)
 
 
@@ -81,7 +94,7 @@ class Segments:
             its table, and the address, row stride and column stride (elements) of its gradients.
         long_runs: [K, 3] int64: begin, end, first chunk of each run longer than ``CHUNK``.
         partials: [chunks, D] float64, room for the sums of the chunks of all long runs.
-        buffer: what the words are in, for later steps.
+        buffer: what the words are in.
     """
 
     pending: Sequence[Pending]
@@ -94,10 +107,7 @@ class Segments:
     pieces: array[int]
     long_runs: np.ndarray
     partials: np.ndarray
-    buffer: np.ndarray
-
-    def __del__(self, put_back: Callable[[np.ndarray], None] = _free_buffers.append) -> None:
-        put_back(self.buffer)
+    buffer: _Buffer
 
 
 @jit
@@ -300,8 +310,9 @@ def segment(pending: Sequence[Pending]) -> Segments:
     digit_bits = min(max(position_bits - BUCKET_BITS, 0), FIRST_DIGIT_BITS, key_bits)
     digit_shift = position_bits + key_bits - digit_bits
     parts = num_parts(size, GRAIN)
-    buffer = _take_buffer(2 * size)
-    words, scratch = buffer[:size], buffer[size : 2 * size]
+    room = _free_words(2 * size)
+    buffer = _Buffer(room)
+    words, scratch = room[:size], room[size : 2 * size]
     counts = np.empty((parts, 1 << digit_bits), dtype=np.int64)
     table_array, piece_array = array("q", tables), array("q", pieces)
     found = parallel_for(

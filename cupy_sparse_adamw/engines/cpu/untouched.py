@@ -1,6 +1,7 @@
 """Rows that no batch touched, read as they would be now or brought up to date (see ``missed``).
 
-Both ask for rows some time before they are used, as the update does (``adamw``).
+``gather_current`` and ``catch_up_`` ask for rows some time before they use them, as the update does
+(``adamw``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ._compile import (
     load,
     prefetch,
     prefetch_bytes,
-    prefetch_turn,
+    prefetch_row_turn,
     store,
     view,
 )
@@ -143,17 +144,6 @@ def _prefetch_place(table, place):  # type: ignore[no-untyped-def]
         prefetch_bytes(place.exp_avg_sq, table.dim * itemsize_of(moment_tag))
     if place.last_step != table.log.t:
         prefetch_missed(table.log, place.last_step)
-
-
-@inline
-def prefetch_row_turn(ahead, first, tags):  # type: ignore[no-untyped-def]
-    """Ask for elements [first, first + TURN) of weights and moments of a row that comes.
-
-    ``ahead`` names their addresses; the first tags are of weights and of moments.
-    """
-    prefetch_turn(ahead.param, first, tags[0])
-    prefetch_turn(ahead.exp_avg, first, tags[1])
-    prefetch_turn(ahead.exp_avg_sq, first, tags[1])
 
 
 def _store_weight(target: Any, place: Any, j: int, weight: Any, tag: Any) -> None:
