@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from array import array
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_prepared_step_keeps_what_it_needs(engine):
     torch.manual_seed(0)
     rows, grads = torch.arange(9000) % 3, torch.randn(9000, 6)
     tables = [Table(torch.ones(5, 6)) for _ in range(2)]
-    done = []
+    others: list[object] = []
     for number, table in enumerate(tables):
         pending = [table.pending((rows, grads))]
         segments = functional.segment(pending)
@@ -210,7 +211,9 @@ def test_a_prepared_step_keeps_what_it_needs(engine):
             gc.collect()
             other = Table(torch.ones(7, 6))
             step([other], [other.pending((6 - rows, -grads))])
-            done += [np.full(size, 255, dtype=np.uint8) for size in range(8, 2000, 8)]
+            for size in range(8, 2000, 8):
+                others += [np.full(size, 255, dtype=np.uint8) for _ in range(9)]
+                others += [array("B", b"\xff" * size) for _ in range(9)]
         apply()
     for ours, theirs in zip(tables[1].values(), tables[0].values(), strict=True):
         assert torch.equal(bits(ours), bits(theirs))
