@@ -1,14 +1,16 @@
 """Reads what ``make bench`` saved: prints the table, draws the plots, compares with the baseline.
 
-    python benchmarks/report.py bench-results/all.json [--plots] [--write-baseline]
+    python benchmarks/report.py bench-results/all.json [--plots]
     python benchmarks/report.py bench-results/all.json [more.json ...] --compare
+    python benchmarks/report.py bench-results/all.json [more.json ...] --write-baseline
 
 Ratios are compared, not seconds: how many times as long a rival takes as we do, and the floor's
 time over ours. If we get slower, all ratios of a case fall; if a rival has a good day (new memory
 alone makes torch's times differ by a fifth from process to process), its own falls. So a case is
 worse if the median of its ratios' changes is, and one ratio that falls alone is told, no more.
 Of several runs, a case is worse if it is in each: what disturbs a machine passes, a slower step
-stays. What is missing or no number is wrong in any.
+stays. What is missing or no number is wrong in any. A baseline of several runs, on several
+machines say, has the least of each ratio.
 
 Exit status: 1 if a case is worse by more than it may, or a case or ratio is gone; 2 if a file
 cannot be read.
@@ -86,7 +88,7 @@ def read_run(path: Path) -> tuple[Cases, dict[str, Any]]:
         machine = content["machine_info"]
         environment = {
             "date": content["datetime"][:10],
-            "cpu": machine["cpu"].get("brand_raw", "unknown"),
+            "cpu": cpu_name(machine["cpu"]),
             **{
                 key: machine[key]
                 for key in (
@@ -106,6 +108,14 @@ def read_run(path: Path) -> tuple[Cases, dict[str, Any]]:
     return cases, environment
 
 
+def cpu_name(cpu: dict[str, Any]) -> str:
+    """A CPU, by what pytest-benchmark found out: a brand has models that differ in speed."""
+    name: str = cpu.get("brand_raw", "unknown")
+    if "family" in cpu and "model" in cpu:
+        name += f" (family {cpu['family']}, model {cpu['model']})"
+    return name
+
+
 def ratios_of(figures: dict[str, Any]) -> dict[str, float]:
     """A case's ratios that are compared: each rival's time over ours, and the floor's."""
     ratios = {
@@ -118,19 +128,17 @@ def ratios_of(figures: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def baseline_of(cases: Cases, environment: dict[str, Any]) -> dict[str, Any]:
-    """What is committed: each case's ratios, and where they were measured."""
-    return {
-        "environment": environment,
-        "cases": {
-            name: {
-                "quick": figures["quick"],
-                "ratios": {key: round(value, 3) for key, value in ratios_of(figures).items()},
-            }
-            for name, figures in sorted(cases.items())
-            if ratios_of(figures)
-        },
-    }
+def baseline_of(runs: list[tuple[Cases, dict[str, Any]]]) -> dict[str, Any]:
+    """What is committed: the least of each case's ratios, and where they were measured."""
+    cases: dict[str, dict[str, Any]] = {}
+    for found, _ in runs:
+        for name, figures in sorted(found.items()):
+            if now := ratios_of(figures):
+                case = cases.setdefault(name, {"quick": figures["quick"], "ratios": {}})
+                least = case["ratios"]
+                for key, value in now.items():
+                    least[key] = min(round(value, 3), least.get(key, math.inf))
+    return {"environments": [environment for _, environment in runs], "cases": cases}
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
@@ -147,8 +155,8 @@ def read_baseline(path: Path) -> dict[str, Any]:
             for value in case["ratios"].values():
                 if not value > 0:
                     raise ValueError(f"a ratio is {value}")
-        if not isinstance(baseline["environment"], dict):
-            raise TypeError("environment is no object")
+        if not all(isinstance(x, dict) for x in baseline["environments"]):
+            raise TypeError("an environment is no object")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Unreadable(f"{path} is no baseline: {error!r}; {way_out}") from error
     return baseline
@@ -399,25 +407,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "run", type=Path, nargs="+", help="what pytest-benchmark saved; several for --compare"
+        "run", type=Path, nargs="+", help="what pytest-benchmark saved; one for a table"
     )
     parser.add_argument("--plots", action="store_true", help="write PNGs beside the run")
     parser.add_argument("--compare", action="store_true", help="with the baseline, nothing else")
     parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     chosen = parser.parse_args(arguments)
-    if len(chosen.run) > 1 and not chosen.compare:
-        parser.error("only --compare takes several runs")
+    if len(chosen.run) > 1 and not (chosen.compare or chosen.write_baseline):
+        parser.error("a table is of one run")
     try:
         runs = [read_run(path) for path in chosen.run]
         if chosen.compare:
             return print_comparison(runs, read_baseline(chosen.baseline))
-        cases, environment = runs[0]
         if chosen.write_baseline:
-            return write_baseline(cases, environment, chosen.baseline)
+            return write_baseline(runs, chosen.baseline)
     except Unreadable as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    cases, environment = runs[0]
     print(environment_line(environment), table(cases), goals_table(cases), sep="\n\n")
     print("", other_figures(cases), sep="\n")
     if chosen.plots:
@@ -436,11 +444,11 @@ def print_comparison(runs: list[tuple[Cases, dict[str, Any]]], baseline: dict[st
     quick = "quick" in selections
     tolerance = QUICK_TOLERANCE if quick else TOLERANCE
     compared = [compare(cases, baseline, quick, tolerance) for cases, _ in runs]
-    before = baseline["environment"]
     for key in ("cpu", "cores", "threads"):
-        for now in dict.fromkeys(environment[key] for _, environment in runs):
-            if before.get(key) != now:
-                print(f"note: {key} was {before.get(key)}, here it is {now}")
+        before = [str(environment.get(key)) for environment in baseline["environments"]]
+        for now in dict.fromkeys(str(environment[key]) for _, environment in runs):
+            if now not in before:
+                print(f"note: {key} was {' or '.join(dict.fromkeys(before))}, here it is {now}")
     for line in compared[-1].told:
         print(line)
     broken = list(dict.fromkeys(line for found in compared for line in found.broken))
@@ -461,13 +469,15 @@ def print_comparison(runs: list[tuple[Cases, dict[str, Any]]], baseline: dict[st
     return 1 if lines else 0
 
 
-def write_baseline(cases: Cases, environment: dict[str, Any], path: Path) -> int:
-    """Make a whole run the baseline; returns the exit status."""
-    if environment["selection"] != "all":
-        raise Unreadable(
-            f"a baseline needs a whole run, this one is {environment['selection']}; run make bench"
-        )
-    baseline = baseline_of(cases, environment)
+def write_baseline(runs: list[tuple[Cases, dict[str, Any]]], path: Path) -> int:
+    """Make whole runs the baseline; returns the exit status."""
+    for _, environment in runs:
+        if environment["selection"] != "all":
+            raise Unreadable(
+                f"a baseline needs a whole run, this one is {environment['selection']}; run make "
+                f"bench"
+            )
+    baseline = baseline_of(runs)
     broken = [
         f"{name}: {key}"
         for name, case in baseline["cases"].items()

@@ -349,11 +349,31 @@ def test_runs_that_differ_in_kind_are_not_mixed(tmp_path, capsys):
     assert "runs of all and quick are not to be mixed" in capsys.readouterr().err
 
 
-def test_only_a_comparison_takes_several_runs(tmp_path, capsys):
+def test_a_baseline_of_several_runs_has_the_least_of_each_ratio(tmp_path):
+    runs = [
+        save(tmp_path / "calm.json", [a_case(ratio=5.0, percent=70.0)]),
+        save(tmp_path / "other.json", [a_case(ratio=6.0, percent=50.0), a_case("one-id")]),
+    ]
+    baseline = tmp_path / "baseline.json"
+    option = ["--write-baseline", "--baseline", str(baseline)]
+    assert report.main([*map(str, runs), *option]) == 0
+    written = report.read_baseline(baseline)
+    assert written["cases"]["D64-uniform"]["ratios"] == {"SparseAdam": 5.0, "floor": 0.5}
+    assert written["cases"]["one-id"]["ratios"] == {"SparseAdam": 5.0, "floor": 0.5}
+    assert len(written["environments"]) == 2
+
+
+def test_models_of_one_brand_are_told_apart():
+    assert report.cpu_name({"brand_raw": "A CPU"}) == "A CPU"
+    known = {"brand_raw": "A CPU", "family": 25, "model": 1}
+    assert report.cpu_name(known) == "A CPU (family 25, model 1)"
+
+
+def test_a_table_is_of_one_run(tmp_path, capsys):
     run = str(save(tmp_path / "run.json", [a_case()]))
     with pytest.raises(SystemExit):
         report.main([run, run])
-    assert "only --compare takes several runs" in capsys.readouterr().err
+    assert "a table is of one run" in capsys.readouterr().err
 
 
 def test_a_case_that_vanished_is_named(compare):
@@ -399,7 +419,7 @@ def test_new_cases_and_ratios_are_listed(compare):
 def test_another_machine_is_said(compare, tmp_path, capsys):
     compare([a_case()], [a_case()])
     baseline = json.loads((tmp_path / "baseline.json").read_text())
-    baseline["environment"]["cpu"] = "Another CPU"
+    baseline["environments"][0]["cpu"] = "Another CPU"
     (tmp_path / "baseline.json").write_text(json.dumps(baseline))
     option = ["--baseline", str(tmp_path / "baseline.json")]
     report.main([str(tmp_path / "new-0.json"), "--compare", *option])
@@ -412,9 +432,9 @@ def test_another_machine_is_said(compare, tmp_path, capsys):
         (None, "there is no"),
         ("{", "cannot be read"),
         ("[]", "holds no JSON object"),
-        ('{"cases": {"a": {}}, "environment": {}}', "is no baseline"),
+        ('{"cases": {"a": {}}, "environments": []}', "is no baseline"),
         (
-            '{"cases": {"a": {"quick": true, "ratios": {"b": -1}}}, "environment": {}}',
+            '{"cases": {"a": {"quick": true, "ratios": {"b": -1}}}, "environments": []}',
             "a ratio is -1",
         ),
     ],
@@ -456,7 +476,7 @@ def test_the_reference_is_not_compared():
 
 def test_the_committed_baseline_is_one():
     baseline = report.read_baseline(report.BASELINE)
-    assert baseline["environment"]["selection"] == "all"
+    assert {environment["selection"] for environment in baseline["environments"]} == {"all"}
     assert {goal.case for goal in goals.GOALS if goal.figure[0] in ("rivals", "floor")} <= set(
         baseline["cases"]
     )
