@@ -235,8 +235,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         Around several calls that shall be one. Not around a backward on a GPU, which runs in a
         thread of torch's own and would wait for this one.
         """
-        owners = (table.lock_owner for table in self._tables.values())
-        return Held(owner for owner in owners if owner is not None)
+        owners = [table.lock_owner for table in self._tables.values()]
+        return Held([owner for owner in owners if owner is not None])
 
     def _update(self, last: bool) -> None:
         settings = {id(group): require_hyperparams(group) for group in self.param_groups}
@@ -252,10 +252,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 grads.append(pending)
                 hypers.append(settings[id(group)])
                 groups.append(group)
-        if any(
-            functional.is_capturing(device)
-            for device in {pending.param.device for pending in grads}
-        ):
+        if any(map(functional.is_capturing, {pending.param.device for pending in grads})):
             self._require_capturable(tables, grads, hypers)
         if not last:
             self._accumulated += 1

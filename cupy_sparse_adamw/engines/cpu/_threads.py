@@ -120,7 +120,7 @@ def num_parts(size: int, grain: int) -> int:
 
 def cuts(size: int, parts: int) -> list[int]:
     """Where ``parallel_for`` cuts ``size`` items, from 0 to ``size``."""
-    return [size * i // parts for i in range(parts + 1)]
+    return [size * i // parts for i in range(parts + 1)] if parts > 1 else [0, size]
 
 
 def start_threads(parts: int) -> None:
