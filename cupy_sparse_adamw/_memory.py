@@ -1,4 +1,4 @@
-"""Memory for the rows of tables: a large piece lies on huge pages where the system has them.
+"""Memory for rows: a large piece lies on huge pages where the system has them.
 
 Rows of a large table lie far apart, so on pages of 4 KiB each has an address translation of its own
 to wait for (docs/performance.md).

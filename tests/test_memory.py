@@ -1,4 +1,4 @@
-"""Memory that the package allocates for rows asks for huge pages."""
+"""Memory that the package allocates for rows, and for copies of them, asks for huge pages."""
 
 from __future__ import annotations
 
@@ -84,8 +84,22 @@ def slots_of_a_hash_table() -> list[torch.Tensor]:
     return [slot.value() for slot in slots]
 
 
+def lookups() -> list[torch.Tensor]:
+    """One of a table that rows are never behind in, and one of rows that are."""
+    found = []
+    for untouched in ("skip", "dense"):
+        table = HashTable((DIM,))
+        optimizer = SparseAdamW({"table": table}, untouched=untouched)
+        for ids in ([0, 1], [1]):
+            table(torch.tensor(ids)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(table(torch.zeros(ROWS, dtype=torch.int64)).detach())
+    return found
+
+
 @needs_huge_pages
-@pytest.mark.parametrize("allocate", [new_moments, loaded_moments, slots_of_a_hash_table])
+@pytest.mark.parametrize("allocate", [new_moments, loaded_moments, slots_of_a_hash_table, lookups])
 def test_large_tables_ask_for_huge_pages(allocate: Callable[[], list[torch.Tensor]]):
     for tensor in allocate():
         assert tensor.nbytes >= _memory.LARGE

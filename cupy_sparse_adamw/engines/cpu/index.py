@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..._memory import empty
 from ..._slots import Slot
 from ..._types import DELETED, MISSING, Distribution, RowIndex
 from ._compile import (
@@ -276,7 +277,7 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
     Returns:
         values [N, D] of the slot's dtype.
     """
-    values = torch.empty(rows.numel(), slot.dim, dtype=slot.dtype, device="cpu")
+    values = empty((rows.numel(), slot.dim), slot.dtype, slot.device)
     value_bytes = slot.dim * slot.dtype.itemsize
     parallel_for(
         _gather,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numba import types
 
+from ..._memory import empty
 from ..._types import MOMENT_DTYPE, Lagging
 from ._compile import (
     BYTE,
@@ -366,7 +367,7 @@ def gather_current(lagging: Lagging, rows: torch.Tensor) -> torch.Tensor:
         values [N, D] of the weights' dtype.
     """
     param = lagging.param
-    values = torch.empty(rows.numel(), param.dim, dtype=param.dtype, device="cpu")
+    values = empty((rows.numel(), param.dim), param.dtype, param.device)
     parts = num_parts(rows.numel(), GRAIN_ELEMENTS // param.dim)
     table, _kept = _table(lagging, parts)
     parallel_for(_gather_current, rows.numel(), parts, table, array_of(rows), values.data_ptr())
