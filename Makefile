@@ -83,8 +83,8 @@ bench-compare: | $(PY) ## compare the ratios of the last bench with benchmarks/b
 bench-baseline: | $(PY) ## make the last bench the baseline
 	@$(PY) benchmarks/report.py $(RESULTS)/all.json --write-baseline
 
-# Again if a case is worse, three times at most: it must be so in every run. Nothing else is tried
-# again.
+# Again if the comparison fails, three times at most: a case must be worse in every run. A benchmark
+# that fails, or what cannot be read, ends it.
 bench-quick: $(VENV)/test.installed ## a minute of bench, compared with the baseline: is a step much slower?
 	@mkdir -p $(RESULTS)
 	@rm -f $(RESULTS)/quick-[123].json

@@ -363,6 +363,19 @@ def test_a_baseline_of_several_runs_has_the_least_of_each_ratio(tmp_path):
     assert len(written["environments"]) == 2
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_no_baseline_of_runs_one_of_which_has_a_ratio_that_is_no_number(tmp_path, capsys, first):
+    runs = [
+        save(tmp_path / "good.json", [a_case()]),
+        save(tmp_path / "bad.json", [a_case(ratio=float("nan"))]),
+    ]
+    baseline = tmp_path / "baseline.json"
+    option = ["--write-baseline", "--baseline", str(baseline)]
+    assert report.main([*map(str, reversed(runs) if first else runs), *option]) == 2
+    assert "D64-uniform: SparseAdam" in capsys.readouterr().err
+    assert not baseline.exists()
+
+
 def test_models_of_one_brand_are_told_apart():
     assert report.cpu_name({"brand_raw": "A CPU"}) == "A CPU"
     known = {"brand_raw": "A CPU", "family": 25, "model": 1}
