@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cupy_sparse_adamw import SparseAdamW
+from cupy_sparse_adamw import SparseAdamW, functional
 from cupy_sparse_adamw._slots import Slot
 from cupy_sparse_adamw._types import MISSING, Pending, PendingGrad
 
@@ -203,3 +203,24 @@ def test_memory_of_a_step(count, draw):
     torch_bytes = sum(max(e.self_cpu_memory_usage, 0) for e in torch_memory.key_averages())
     assert numpy_peak >= 16 * count  # it is seen at all
     assert numpy_peak + torch_bytes <= 24 * count + 2**20
+
+
+@pytest.mark.parametrize("dim", [1, 16, 17, 40])
+def test_gradients_of_a_row_are_added_in_their_order(dim):
+    """Bitwise, in float64, where most other orders give other sums; chunks likewise."""
+    draw = torch.Generator().manual_seed(dim)
+    lengths = [*range(1, 10), cpu.CHUNK, cpu.CHUNK + 1, 2 * cpu.CHUNK + 7]
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    rows = rows[torch.randperm(rows.numel(), generator=draw)]
+    exponents = torch.randint(-40, 40, (rows.numel(), dim), generator=draw)
+    grads = torch.randn(rows.numel(), dim, generator=draw, dtype=torch.float64) * 2.0**exponents
+    slot = Slot.over("embedding", torch.zeros(len(lengths), dim, dtype=torch.float64))
+    pieces = [PendingGrad(rows[:1000], grads[:1000]), PendingGrad(rows[1000:], grads[1000:])]
+
+    touched, sums = functional.coalesce(Pending("table", slot, len(lengths), pieces))
+    assert torch.equal(touched, torch.arange(len(lengths)))
+    for row, sum_ in enumerate(sums):
+        chunks = [
+            sum(chunk, torch.zeros(dim).double()) for chunk in grads[rows == row].split(cpu.CHUNK)
+        ]
+        assert torch.equal(sum_, sum(chunks, torch.zeros(dim).double()))

@@ -93,10 +93,15 @@ def _our_cache_dir() -> Iterator[None]:
         numba.config.CACHE_DIR = users
 
 
-#: Without such an instruction LLVM would call a function for each element.
-_HAS_FMA = platform.machine() in ("aarch64", "arm64") or bool(
-    llvmlite.binding.get_host_cpu_features().get("fma")
-)
+def _has(feature: str) -> bool:
+    """Does the CPU have such an instruction? Without it LLVM would call a function an element."""
+    is_arm = platform.machine() in ("aarch64", "arm64")  # has both that are asked for
+    return is_arm or bool(llvmlite.binding.get_host_cpu_features().get(feature))
+
+
+_HAS_FMA = _has("fma")
+#: Converts between float16 and float32.
+HAS_F16C = _has("f16c")
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _warned = False
@@ -243,9 +248,27 @@ def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint32), codegen
 
 
-# float16 by bit arithmetic, after F. Giesen, "float->half variants" (2012): LLVM's own conversion
-# needs a CPU with F16C or a library function that Numba does not have. A float32's exponent is
-# biased by 127 and its mantissa 13 bits longer than a float16's, whose exponent is biased by 15.
+@intrinsic
+def _f16c_to_float(typingctx, half):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _f16c_to_half(typingctx, value):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; NaN stays NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+# float16 by bit arithmetic, after F. Giesen, "float->half variants" (2012), where the CPU has no
+# F16C: LLVM's own conversion would call a library function that Numba lacks. A float32's exponent
+# is biased by 127 and its mantissa 13 bits longer than a float16's, whose exponent is biased by 15.
 _REBIAS = np.uint32((127 - 15) << 23)
 _HALF_EXPONENT = np.uint32(0x7C00 << 13)  # the exponent field of a float16, moved up
 _SMALLEST_NORMAL = np.uint32((127 - 14) << 23)  # 2**-14
@@ -369,7 +392,8 @@ def compiled_overload(function: Any) -> Any:
 @compiled_overload(load)
 def _load(address, i, tag, scope):  # type: ignore[no-untyped-def]
     if tag == types.uint16:
-        return lambda address, i, tag, scope: _half_to_float(_read(address, i, tag, scope))
+        widen = _f16c_to_float if HAS_F16C else _half_to_float
+        return lambda address, i, tag, scope: widen(_read(address, i, tag, scope))
     if tag == types.int16:
         return lambda address, i, tag, scope: _bfloat16_to_float(_read(address, i, tag, scope))
     return lambda address, i, tag, scope: _read(address, i, tag, scope)
@@ -378,9 +402,10 @@ def _load(address, i, tag, scope):  # type: ignore[no-untyped-def]
 @compiled_overload(store)
 def _store(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
     if tag == types.uint16:
+        narrow = _f16c_to_half if HAS_F16C else _float_to_half
 
         def half(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
-            _write(address, i, _float_to_half(np.float32(value)), tag, scope)
+            _write(address, i, narrow(np.float32(value)), tag, scope)
 
         return half
     if tag == types.int16:

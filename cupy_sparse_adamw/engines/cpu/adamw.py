@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -585,12 +586,13 @@ def _cuts(segments: Segments, parts: int) -> list[int]:
     size = segments.words.size
     if parts == 1 or len(segments.long_runs) == 0:
         return cuts(size, parts)
-    begins, ends, _ = segments.long_runs.T
-    left_out = np.concatenate([[0], np.cumsum(ends - begins)])  # positions before each long run
-    result = np.array(cuts(size - int(left_out[-1]), parts))
-    result += left_out[np.searchsorted(begins - left_out[:-1], result)]
+    places, left_out = [], [0]  # of long runs, where these are left out; positions left out so far
+    for begin, end, _ in segments.long_runs.tolist():
+        places.append(begin - left_out[-1])
+        left_out.append(left_out[-1] + end - begin)
+    result = [cut + left_out[bisect_left(places, cut)] for cut in cuts(size - left_out[-1], parts)]
     result[-1] = size  # a long run may be the last
-    return result.tolist()  # type: ignore[no-any-return]
+    return result
 
 
 def _logs(updates: Sequence[Update], untouched: str) -> tuple[list[Any], int]:

@@ -21,7 +21,7 @@ import torch
 
 from ..._checks import row_error
 from ..._types import MISSING, Pending
-from ._compile import INT64, at, inline, jit, last_at_most, view
+from ._compile import INT64, LINE, at, inline, jit, last_at_most, prefetch, view
 from ._threads import cuts, num_parts, parallel_for
 
 #: Runs longer than this are summed in chunks of this length, by all threads, then combined in
@@ -156,9 +156,11 @@ def _make_words(  # type: ignore[no-untyped-def]
 def _deal(part, begin, end, words, digit_shift, places, target):  # type: ignore[no-untyped-def]
     """Move words [begin, end) to the buckets of their first digits, keeping their order."""
     place = places[part]
+    next_line = target.ctypes.data + LINE
     for i in range(begin, end):
         digit = words[i] >> digit_shift
         target[place[digit]] = words[i]
+        prefetch(next_line + 8 * place[digit])  # of each bucket, or each eighth word waits for it
         place[digit] += 1
     return 0
 

@@ -11,21 +11,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from ..._types import Pending
 from ._compile import (
     FLOAT64,
+    HAS_F16C,
     INT64,
     TAGS,
+    TURN,
     VALUES,
     address_of,
     at,
+    compiled_overload,
     inline,
     itemsize_of,
     jit,
     last_at_most,
     load,
     prefetch_bytes,
+    prefetch_turn,
     store,
     view,
 )
@@ -190,27 +198,84 @@ def _add_strided(total, address, stride, tag):  # type: ignore[no-untyped-def]
         total[j] += load(address, j * stride, tag, VALUES)
 
 
-@inline
-def _add(total, address, ahead, tag):  # type: ignore[no-untyped-def]
-    """Add a gradient to total [D] float64, and ask for the one at ``ahead``."""
-    prefetch_bytes(ahead, total.size * itemsize_of(tag))
-    for j in range(total.size):
-        total[j] += load(address, j, tag, VALUES)
+@intrinsic
+def _add_vectors(typingctx, total, addresses, first, tag):  # type: ignore[no-untyped-def]
+    """``_add_element`` of elements [first, first + TURN) as vector code."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def pointer_to(address, tag):  # type: ignore[no-untyped-def]
+            element = context.get_value_type(tag)
+            array = builder.inttoptr(address, element.as_pointer())
+            return builder.bitcast(builder.gep(array, [args[2]]), vector(element).as_pointer())
+
+        def vector(element):  # type: ignore[no-untyped-def]
+            return ir.VectorType(element, TURN)
+
+        target = pointer_to(args[0], types.float64)
+        result = builder.load(target, align=8)
+        for address in cgutils.unpack_tuple(builder, args[1]):
+            grad = builder.load(pointer_to(address, tag), align=tag.bitwidth // 8)
+            if tag == types.uint16:
+                grad = builder.bitcast(grad, vector(ir.HalfType()))
+            if tag == types.int16:
+                words = vector(ir.IntType(32))
+                wide = builder.shl(builder.zext(grad, words), words([16] * TURN))
+                grad = builder.bitcast(wide, vector(ir.FloatType()))
+            if tag != types.float64:
+                grad = builder.fpext(grad, vector(ir.DoubleType()))
+            result = builder.fadd(result, grad)
+        builder.store(result, target, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, addresses, types.int64, tag), codegen
 
 
 @inline
-def _add_four(total, four, ahead, tag):  # type: ignore[no-untyped-def]
-    """Add four gradients to total [D] float64, one after the other, and ask for four others."""
-    grad_bytes = total.size * itemsize_of(tag)
-    prefetch_bytes(ahead[0], grad_bytes)
-    prefetch_bytes(ahead[1], grad_bytes)
-    prefetch_bytes(ahead[2], grad_bytes)
-    prefetch_bytes(ahead[3], grad_bytes)
-    for j in range(total.size):
-        sum_ = total[j] + load(four[0], j, tag, VALUES)
-        sum_ += load(four[1], j, tag, VALUES)
-        sum_ += load(four[2], j, tag, VALUES)
-        total[j] = sum_ + load(four[3], j, tag, VALUES)
+def _add_element(total, addresses, j, tag):  # type: ignore[no-untyped-def]
+    """Add element j of each gradient to total [D] float64, one after the other."""
+    sum_ = total[j]
+    for address in addresses:
+        sum_ += load(address, j, tag, VALUES)
+    total[j] = sum_
+
+
+def _add_turn(total: Any, addresses: Any, first: int, tag: Any) -> None:
+    """``_add_element`` of elements [first, first + TURN).
+
+    LLVM makes scalar code of so small a loop, so this is written as vector code.
+    """
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(_add_turn)
+def _add_turn_in(total, addresses, first, tag):  # type: ignore[no-untyped-def]
+    if tag != types.uint16 or HAS_F16C:
+
+        def vectors(total, addresses, first, tag):  # type: ignore[no-untyped-def]
+            _add_vectors(total.ctypes.data, addresses, first, tag)
+
+        return vectors
+
+    def elements(total, addresses, first, tag):  # type: ignore[no-untyped-def]
+        for j in range(first, first + TURN):
+            _add_element(total, addresses, j, tag)
+
+    return elements
+
+
+@inline
+def _add(total, addresses, ahead, tag):  # type: ignore[no-untyped-def]
+    """Add gradients to total [D] float64, in order, and ask for as many others, line by line."""
+    whole = total.size & -TURN
+    for first in range(0, whole, TURN):
+        for address in ahead:
+            prefetch_turn(address, first, tag)
+        _add_turn(total, addresses, first, tag)
+    if whole < total.size:
+        for address in ahead:
+            prefetch_turn(address, whole, tag)
+    for j in range(whole, total.size):
+        _add_element(total, addresses, j, tag)
 
 
 @inline
@@ -230,10 +295,15 @@ def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def
                 grad_ahead(grads, i + 2, pieces),
                 grad_ahead(grads, i + 3, pieces),
             )
-            _add_four(total, (address, second, third, fourth), ahead, grads.tag)
+            _add(total, (address, second, third, fourth), ahead, grads.tag)
             i += 4
+        elif i + 2 <= end and pieces.contiguous:
+            second, _ = grad_at(grads, i + 1, pieces)
+            coming = grad_ahead(grads, i, pieces), grad_ahead(grads, i + 1, pieces)
+            _add(total, (address, second), coming, grads.tag)
+            i += 2
         elif stride == 1:
-            _add(total, address, grad_ahead(grads, i, pieces), grads.tag)
+            _add(total, (address,), (grad_ahead(grads, i, pieces),), grads.tag)
             i += 1
         else:
             _add_strided(total, address, stride, grads.tag)
@@ -261,7 +331,7 @@ def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
         partial = grads.partials + chunk * grads.dim * 8
-        _add(total, partial, partial, FLOAT64)
+        _add(total, (partial,), (partial,), FLOAT64)
 
 
 @jit  # called, not compiled in: the loop that mostly has no use for it runs better without
