@@ -153,6 +153,19 @@ def _make_words(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _find_places(counts, starts):  # type: ignore[no-untyped-def]
+    """Where each bucket begins, and in ``counts`` [parts, digits] where in it each part deals to."""
+    place = np.int64(0)
+    for digit in range(counts.shape[1]):
+        starts[digit] = place
+        for part in range(counts.shape[0]):
+            count = counts[part, digit]
+            counts[part, digit] = place
+            place += count
+    starts[counts.shape[1]] = place
+
+
+@jit
 def _deal(part, begin, end, words, digit_shift, places, target):  # type: ignore[no-untyped-def]
     """Move words [begin, end) to the buckets of their first digits, keeping their order."""
     place = places[part]
@@ -278,16 +291,18 @@ def _error_at(pending: Sequence[Pending], position: int) -> IndexError:
 def _sort(
     words: np.ndarray, scratch: np.ndarray, low_bit: int, shift: int, counts: np.ndarray
 ) -> np.ndarray:
-    """Sort words by bits from ``low_bit`` on; ``counts`` [parts, digits] are of ``>> shift``."""
+    """Sort words by bits from ``low_bit`` on.
+
+    ``counts`` [parts, digits] are of ``>> shift``; they are used up.
+    """
     if words.size <= FEW:
         words.sort()
         return words
     parts, digits = counts.shape
-    starts = np.zeros(digits + 1, dtype=np.int64)
-    np.cumsum(counts.sum(0), out=starts[1:])
+    starts = np.empty(digits + 1, dtype=np.int64)
+    _find_places(counts, starts)
     if digits > 1:
-        places = starts[:-1] + np.cumsum(counts, axis=0) - counts
-        parallel_for(_deal, words.size, parts, words, shift, places, scratch)
+        parallel_for(_deal, words.size, parts, words, shift, counts, scratch)
         words, scratch = scratch, words
     parallel_for(_sort_buckets, words.size, parts, words, scratch, low_bit, shift, starts)
     return words
