@@ -154,7 +154,7 @@ def _make_words(  # type: ignore[no-untyped-def]
 
 @jit
 def _find_places(counts, starts):  # type: ignore[no-untyped-def]
-    """Where each bucket begins, and in ``counts`` [parts, digits] where in it each part deals to."""
+    """Where each bucket begins; in ``counts`` [parts, digits], where in it each part deals to."""
     place = np.int64(0)
     for digit in range(counts.shape[1]):
         starts[digit] = place
