@@ -498,6 +498,7 @@ def test_the_loops_of_a_step_are_vector_code(monkeypatch):
     import llvmlite.binding
 
     from cupy_sparse_adamw.engines.cpu import adamw
+    from cupy_sparse_adamw.engines.cpu._compile import TURN
 
     if not llvmlite.binding.get_host_cpu_features().get("avx2"):
         pytest.skip("what LLVM makes of these loops was looked at for AVX2 and wider alone")
@@ -515,5 +516,6 @@ def test_the_loops_of_a_step_are_vector_code(monkeypatch):
     again(0, 0, 0, *args)
     (code,) = again.inspect_llvm().values()
     assert re.search(r"fadd [a-z ]*<\d+ x double>", code)  # sums of gradients
-    assert re.search(r"fdiv [a-z ]*<\d+ x float>", code)  # updates, and none of them otherwise
-    assert not re.search(r"fdiv [a-z ]*float ", code)
+    # A turn of a lone gradient and one of a sum are divided as vectors; what is left may not be.
+    assert sum(map(int, re.findall(r"fdiv [a-z ]*<(\d+) x float>", code))) >= 2 * TURN
+    assert "llvm.masked.store" not in code  # it would reach beyond a row

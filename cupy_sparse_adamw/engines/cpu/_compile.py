@@ -444,22 +444,49 @@ def _itemsize_of(tag):  # type: ignore[no-untyped-def]
     return lambda tag: size
 
 
+@intrinsic
+def _unknown(typingctx, value):  # type: ignore[no-untyped-def]
+    """The value, of which LLVM is to know nothing."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        int64 = ir.IntType(64)
+        return builder.asm(ir.FunctionType(int64, [int64]), "", "=r,0", args, side_effect=False)
+
+    return types.int64(types.int64), codegen
+
+
+@inline
+def whole_turns(dim):  # type: ignore[no-untyped-def]
+    """How many of ``dim`` elements are in whole turns.
+
+    If LLVM knew that fewer than TURN are left, it would compute them as one masked vector, which
+    reaches beyond the row: into a cache line that nobody asked for.
+    """
+    return _unknown(dim & -TURN)
+
+
 @inline
 def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
     """Ask for ``size`` bytes."""
     for offset in range(0, size, LINE):
         prefetch(address + offset)
+    if size % LINE != 0:  # then they may end one line further
+        prefetch(address + size - 1)
 
 
 @inline
 def prefetch_turn(address, first, tag):  # type: ignore[no-untyped-def]
-    """Ask for elements [first, first + TURN) of the array of the tag's type at ``address``."""
-    prefetch_bytes(address + first * itemsize_of(tag), TURN * itemsize_of(tag))
+    """Ask for the lines that elements [first, first + TURN) of an array of the tag's type begin.
+
+    To ask for what is left after whole turns, do so for the last element as well.
+    """
+    for offset in range(0, TURN * itemsize_of(tag), LINE):
+        prefetch(address + first * itemsize_of(tag) + offset)
 
 
 @inline
 def prefetch_row_turn(ahead, first, tags):  # type: ignore[no-untyped-def]
-    """Ask for elements [first, first + TURN) of weights and moments of a row that comes.
+    """``prefetch_turn`` of weights and moments of a row that comes.
 
     ``ahead`` names their addresses; the first tags are of weights and of moments.
     """

@@ -50,6 +50,7 @@ from ._compile import (
     reciprocal_of,
     store,
     view,
+    whole_turns,
 )
 from ._threads import cuts, num_parts, run_parts, start_threads
 from .missed import (
@@ -314,7 +315,7 @@ def _update_element(place, grad, j, factors, missed, tags):  # type: ignore[no-u
 
 @inline
 def _prefetch_ahead(ahead, first, tags):  # type: ignore[no-untyped-def]
-    """Ask for elements [first, first + TURN) of an ``_Ahead``."""
+    """``prefetch_turn`` of an ``_Ahead``."""
     prefetch_row_turn(ahead, first, tags)
     prefetch_turn(ahead.grad, first, tags[2])
 
@@ -336,13 +337,14 @@ def _update_row(place, grad, dim, scalars, corrections, missed, ahead, tags):  #
         cast(corrections[2], tag),
         cast(scalars[5], tag),  # lr * weight_decay
     )
-    whole = dim & -TURN
+    whole = whole_turns(dim)
     for first in range(0, whole, TURN):
         _prefetch_ahead(ahead, first, tags)
         for j in range(first, first + TURN):
             _update_element(place, grad, j, factors, missed, tags)
     if whole < dim:
         _prefetch_ahead(ahead, whole, tags)
+        _prefetch_ahead(ahead, dim - 1, tags)
     for j in range(whole, dim):
         _update_element(place, grad, j, factors, missed, tags)
 

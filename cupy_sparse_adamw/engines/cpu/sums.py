@@ -36,6 +36,7 @@ from ._compile import (
     prefetch_turn,
     store,
     view,
+    whole_turns,
 )
 from ._threads import num_parts, parallel_for
 from .segment import (
@@ -266,7 +267,7 @@ def _add_turn_in(total, addresses, first, tag):  # type: ignore[no-untyped-def]
 @inline
 def _add(total, addresses, ahead, tag):  # type: ignore[no-untyped-def]
     """Add gradients to total [D] float64, in order, and ask for as many others, line by line."""
-    whole = total.size & -TURN
+    whole = whole_turns(total.size)
     for first in range(0, whole, TURN):
         for address in ahead:
             prefetch_turn(address, first, tag)
@@ -274,6 +275,7 @@ def _add(total, addresses, ahead, tag):  # type: ignore[no-untyped-def]
     if whole < total.size:
         for address in ahead:
             prefetch_turn(address, whole, tag)
+            prefetch_turn(address, total.size - 1, tag)
     for j in range(whole, total.size):
         _add_element(total, addresses, j, tag)
 
