@@ -21,7 +21,7 @@ import pytest
 import torch
 from oracle import bits
 
-from cupy_sparse_adamw import HashTable, NormalInitializer, SparseAdamW, functional
+from cupy_sparse_adamw import HashTable, NormalInitializer, functional
 from cupy_sparse_adamw._slots import Slot
 
 OPERATIONS = [
@@ -492,30 +492,62 @@ def test_two_tables_train_in_two_threads():
     assert torch.equal(results[1], results[2])
 
 
-def test_the_loops_of_a_step_are_vector_code(monkeypatch):
-    """A loop that LLVM leaves scalar takes two to four times as long, and nothing else shows it."""
+@pytest.mark.parametrize("summed", [False, True], ids=["a gradient", "a sum"])
+def test_a_row_is_updated_by_vector_code(summed):
+    """Scalar code takes two to four times as long, and nothing else shows it."""
     numba = pytest.importorskip("numba")
-    import llvmlite.binding
+    from cupy_sparse_adamw.engines.cpu import _compile, adamw
 
-    from cupy_sparse_adamw.engines.cpu import adamw
-    from cupy_sparse_adamw.engines.cpu._compile import TURN
-
-    if not llvmlite.binding.get_host_cpu_features().get("avx2"):
+    if not _compile._compiles_for("avx2"):
         pytest.skip("what LLVM makes of these loops was looked at for AVX2 and wider alone")
-    called = []
+    f32, f64 = np.float32(0), np.float64(0)
+    tags = f32, f32, f64 if summed else f32
 
-    def run_parts(kernel, cuts, *args):
-        called.append((kernel, args))
+    @numba.njit(error_model="numpy")
+    def update_turn(place, grad, first, factors, tags):
+        adamw._update_turn(place, grad, first, factors, None, tags)
 
-    monkeypatch.setattr(adamw, "run_parts", run_parts)
-    embedding = torch.nn.Embedding(4, 16, sparse=True)
-    embedding(torch.tensor([1, 1])).sum().backward()
-    SparseAdamW({"table": embedding}).step()
-    ((kernel, args),) = called
-    again = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)  # from a cache it has no IR
-    again(0, 0, 0, *args)
-    (code,) = again.inspect_llvm().values()
-    assert re.search(r"fadd [a-z ]*<\d+ x double>", code)  # sums of gradients
-    # A turn of a lone gradient and one of a sum are divided as vectors; what is left may not be.
-    assert sum(map(int, re.findall(r"fdiv [a-z ]*<(\d+) x float>", code))) >= 2 * TURN
-    assert "llvm.masked.store" not in code  # it would reach beyond a row
+    @numba.njit(error_model="numpy")
+    def update_row(place, grad, dim, scalars, corrections, ahead, tags):
+        adamw._update_row(place, grad, dim, scalars, corrections, None, ahead, tags)
+
+    room = np.zeros((4, 16))
+    place, grad = tuple(int(row.ctypes.data) for row in room[:3]), int(room[3].ctypes.data)
+    update_turn(place, grad, 0, (f32,) * 6, tags)
+    update_row(place, grad, 9, np.zeros(12), (0.0,) * 3, adamw._Ahead(*place, grad), tags)
+    (turn,), (row,) = update_turn.inspect_llvm().values(), update_row.inspect_llvm().values()
+    assert re.search(r"fdiv [a-z ]*<\d+ x float>", turn)
+    assert not re.search(r"fdiv [a-z ]*float ", turn)
+    assert "llvm.masked.store" not in row  # it would reach beyond a row
+
+
+def test_fp16_where_no_instruction_converts_it():
+    """The same bits, compiled for a CPU that has none (nor FMA)."""
+    pytest.importorskip("numba")
+    code = """
+import torch
+from cupy_sparse_adamw import SparseAdamW
+draw = torch.Generator().manual_seed(0)
+table = torch.nn.Embedding(50, 27, sparse=True, dtype=torch.float16)
+with torch.no_grad():
+    table.weight.copy_(torch.randn(50, 27, generator=draw))
+optimizer = SparseAdamW({"table": table})
+for _ in range(3):
+    grads = torch.randn(200, 27, generator=draw).half()
+    table(torch.randint(50, (200,), generator=draw)).backward(grads)
+    optimizer.step()
+    optimizer.zero_grad()
+print(table.weight.view(torch.int16).tolist())
+"""
+    outputs = []
+    for variables in ({}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):
+        environment = {**os.environ, **variables}
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] != ""

@@ -206,21 +206,30 @@ def test_memory_of_a_step(count, draw):
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 40])
-def test_gradients_of_a_row_are_added_in_their_order(dim):
-    """Bitwise, in float64, where most other orders give other sums; chunks likewise."""
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(torch.float64, 40), (torch.float32, 40), (torch.bfloat16, 40), (torch.float16, 4)],
+    ids=str,
+)
+def test_gradients_of_a_row_are_added_in_their_order(dtype, exponents, dim):
+    """Bitwise, in double, where most other orders give other sums; chunks likewise."""
     draw = torch.Generator().manual_seed(dim)
     lengths = [*range(1, 10), cpu.CHUNK, cpu.CHUNK + 1, 2 * cpu.CHUNK + 7]
     rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     rows = rows[torch.randperm(rows.numel(), generator=draw)]
-    exponents = torch.randint(-40, 40, (rows.numel(), dim), generator=draw)
-    grads = torch.randn(rows.numel(), dim, generator=draw, dtype=torch.float64) * 2.0**exponents
-    slot = Slot.over("embedding", torch.zeros(len(lengths), dim, dtype=torch.float64))
-    pieces = [PendingGrad(rows[:1000], grads[:1000]), PendingGrad(rows[1000:], grads[1000:])]
+    size = rows.numel(), dim
+    scales = 2.0 ** torch.randint(-exponents, exponents, size, generator=draw).double()
+    grads = (torch.randn(size, generator=draw).double() * scales).to(dtype)
+    strided = grads[:1000].t().contiguous().t()
+    slot = Slot.over("embedding", torch.zeros(len(lengths), dim, dtype=dtype))
+    pieces = [PendingGrad(rows[:1000], strided), PendingGrad(rows[1000:], grads[1000:])]
 
     touched, sums = functional.coalesce(Pending("table", slot, len(lengths), pieces))
     assert torch.equal(touched, torch.arange(len(lengths)))
+    zero = torch.zeros(dim, dtype=torch.float64)
     for row, sum_ in enumerate(sums):
-        chunks = [
-            sum(chunk, torch.zeros(dim).double()) for chunk in grads[rows == row].split(cpu.CHUNK)
-        ]
-        assert torch.equal(sum_, sum(chunks, torch.zeros(dim).double()))
+        chunks = grads[rows == row].double().split(cpu.CHUNK)
+        expected = sum((sum(chunk, zero) for chunk in chunks), zero)
+        if dtype in (torch.float16, torch.bfloat16):
+            expected = expected.float()
+        assert torch.equal(sum_, expected.to(dtype))

@@ -19,13 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 #: Tag of an array of row numbers, ids or addresses.
@@ -36,8 +36,8 @@ FLOAT64 = np.float64(0)
 BYTE = np.uint8(0)
 #: Bytes of a cache line.
 LINE = 64
-#: Elements that are computed between asking for cache lines: one of float32, two of float64. Loops
-#: over so many become vector code; over 8 float64 they do not, nor where the number is unknown.
+#: Elements that are computed between asking for cache lines: one of float32, two of float64. An
+#: update's loop over so many becomes vector code; over 8 float64 it does not.
 TURN = 16
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,15 +93,19 @@ def _our_cache_dir() -> Iterator[None]:
         numba.config.CACHE_DIR = users
 
 
-def _has(feature: str) -> bool:
-    """Does the CPU have such an instruction? Without it LLVM would call a function an element."""
-    is_arm = platform.machine() in ("aarch64", "arm64")  # has both that are asked for
-    return is_arm or bool(llvmlite.binding.get_host_cpu_features().get(feature))
+def _compiles_for(feature: str) -> bool:
+    """Has the CPU that Numba compiles for this feature of x86? ARM has both that are asked for.
+
+    Without the instruction LLVM would call a function for each element.
+    """
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    return is_arm or f"+{feature}" in features.split(",")
 
 
-_HAS_FMA = _has("fma")
-#: Converts between float16 and float32.
-HAS_F16C = _has("f16c")
+_HAS_FMA = _compiles_for("fma")
+#: Whether one instruction converts between float16 and float32.
+CONVERTS_HALF = _compiles_for("f16c")
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _warned = False
@@ -249,7 +253,7 @@ def _float_of(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _f16c_to_float(typingctx, half):  # type: ignore[no-untyped-def]
+def _half_to_float_at_once(typingctx, half):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
@@ -257,8 +261,8 @@ def _f16c_to_float(typingctx, half):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _f16c_to_half(typingctx, value):  # type: ignore[no-untyped-def]
-    """Round to nearest, ties to even; NaN stays NaN."""
+def _float_to_half_at_once(typingctx, value):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; NaN stays NaN, with bits that depend on the machine."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
@@ -266,9 +270,9 @@ def _f16c_to_half(typingctx, value):  # type: ignore[no-untyped-def]
     return types.uint16(types.float32), codegen
 
 
-# float16 by bit arithmetic, after F. Giesen, "float->half variants" (2012), where the CPU has no
-# F16C: LLVM's own conversion would call a library function that Numba lacks. A float32's exponent
-# is biased by 127 and its mantissa 13 bits longer than a float16's, whose exponent is biased by 15.
+# float16 by bit arithmetic, after F. Giesen, "float->half variants" (2012), where no
+# instruction does it: LLVM would call a library function that Numba lacks. A float32's exponent is
+# biased by 127 and its mantissa 13 bits longer than a float16's, whose exponent is biased by 15.
 _REBIAS = np.uint32((127 - 15) << 23)
 _HALF_EXPONENT = np.uint32(0x7C00 << 13)  # the exponent field of a float16, moved up
 _SMALLEST_NORMAL = np.uint32((127 - 14) << 23)  # 2**-14
@@ -392,7 +396,7 @@ def compiled_overload(function: Any) -> Any:
 @compiled_overload(load)
 def _load(address, i, tag, scope):  # type: ignore[no-untyped-def]
     if tag == types.uint16:
-        widen = _f16c_to_float if HAS_F16C else _half_to_float
+        widen = _half_to_float_at_once if CONVERTS_HALF else _half_to_float
         return lambda address, i, tag, scope: widen(_read(address, i, tag, scope))
     if tag == types.int16:
         return lambda address, i, tag, scope: _bfloat16_to_float(_read(address, i, tag, scope))
@@ -402,7 +406,7 @@ def _load(address, i, tag, scope):  # type: ignore[no-untyped-def]
 @compiled_overload(store)
 def _store(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
     if tag == types.uint16:
-        narrow = _f16c_to_half if HAS_F16C else _float_to_half
+        narrow = _float_to_half_at_once if CONVERTS_HALF else _float_to_half
 
         def half(address, i, value, tag, scope):  # type: ignore[no-untyped-def]
             _write(address, i, narrow(np.float32(value)), tag, scope)
@@ -456,7 +460,7 @@ def _unknown(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 @inline
-def whole_turns(dim):  # type: ignore[no-untyped-def]
+def in_whole_turns(dim):  # type: ignore[no-untyped-def]
     """How many of ``dim`` elements are in whole turns.
 
     If LLVM knew that fewer than TURN are left, it would compute them as one masked vector, which
@@ -467,21 +471,24 @@ def whole_turns(dim):  # type: ignore[no-untyped-def]
 
 @inline
 def prefetch_bytes(address, size):  # type: ignore[no-untyped-def]
-    """Ask for ``size`` bytes."""
+    """Ask for ``size`` bytes. Those that fill whole lines are taken to begin with one."""
     for offset in range(0, size, LINE):
         prefetch(address + offset)
-    if size % LINE != 0:  # then they may end one line further
+    if size % LINE != 0:  # they may end one line further
         prefetch(address + size - 1)
 
 
 @inline
 def prefetch_turn(address, first, tag):  # type: ignore[no-untyped-def]
-    """Ask for the lines that elements [first, first + TURN) of an array of the tag's type begin.
-
-    To ask for what is left after whole turns, do so for the last element as well.
-    """
+    """Ask for elements [first, first + TURN) of the array of the tag's type at ``address``."""
     for offset in range(0, TURN * itemsize_of(tag), LINE):
         prefetch(address + first * itemsize_of(tag) + offset)
+
+
+@inline
+def prefetch_rest(address, first, dim, tag):  # type: ignore[no-untyped-def]
+    """Ask for elements [first, dim), where a row of ``dim`` ends."""
+    prefetch_bytes(address + first * itemsize_of(tag), (dim - first) * itemsize_of(tag))
 
 
 @inline
@@ -493,6 +500,14 @@ def prefetch_row_turn(ahead, first, tags):  # type: ignore[no-untyped-def]
     prefetch_turn(ahead.param, first, tags[0])
     prefetch_turn(ahead.exp_avg, first, tags[1])
     prefetch_turn(ahead.exp_avg_sq, first, tags[1])
+
+
+@inline
+def prefetch_row_rest(ahead, first, dim, tags):  # type: ignore[no-untyped-def]
+    """``prefetch_rest`` of weights and moments, likewise."""
+    prefetch_rest(ahead.param, first, dim, tags[0])
+    prefetch_rest(ahead.exp_avg, first, dim, tags[1])
+    prefetch_rest(ahead.exp_avg_sq, first, dim, tags[1])
 
 
 @functools.lru_cache(maxsize=1024)

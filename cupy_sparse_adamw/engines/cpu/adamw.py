@@ -39,18 +39,20 @@ from ._compile import (
     block_of,
     cast,
     compiled_overload,
+    in_whole_turns,
     inline,
     itemsize_of,
     jit,
     load,
     prefetch,
     prefetch_bytes,
+    prefetch_rest,
+    prefetch_row_rest,
     prefetch_row_turn,
     prefetch_turn,
     reciprocal_of,
     store,
     view,
-    whole_turns,
 )
 from ._threads import cuts, num_parts, run_parts, start_threads
 from .missed import (
@@ -321,6 +323,20 @@ def _prefetch_ahead(ahead, first, tags):  # type: ignore[no-untyped-def]
 
 
 @inline
+def _prefetch_ahead_rest(ahead, first, dim, tags):  # type: ignore[no-untyped-def]
+    """``prefetch_rest`` of an ``_Ahead``."""
+    prefetch_row_rest(ahead, first, dim, tags)
+    prefetch_rest(ahead.grad, first, dim, tags[2])
+
+
+@inline
+def _update_turn(place, grad, first, factors, missed, tags):  # type: ignore[no-untyped-def]
+    """``_update_element`` of elements [first, first + TURN)."""
+    for j in range(first, first + TURN):
+        _update_element(place, grad, j, factors, missed, tags)
+
+
+@inline
 def _update_row(place, grad, dim, scalars, corrections, missed, ahead, tags):  # type: ignore[no-untyped-def]
     """SPEC §1 for one row [D]: weights, exp_avg and exp_avg_sq are at the addresses ``place``.
 
@@ -337,14 +353,12 @@ def _update_row(place, grad, dim, scalars, corrections, missed, ahead, tags):  #
         cast(corrections[2], tag),
         cast(scalars[5], tag),  # lr * weight_decay
     )
-    whole = whole_turns(dim)
+    whole = in_whole_turns(dim)
     for first in range(0, whole, TURN):
         _prefetch_ahead(ahead, first, tags)
-        for j in range(first, first + TURN):
-            _update_element(place, grad, j, factors, missed, tags)
+        _update_turn(place, grad, first, factors, missed, tags)
     if whole < dim:
-        _prefetch_ahead(ahead, whole, tags)
-        _prefetch_ahead(ahead, dim - 1, tags)
+        _prefetch_ahead_rest(ahead, whole, dim, tags)
     for j in range(whole, dim):
         _update_element(place, grad, j, factors, missed, tags)
 
@@ -404,8 +418,7 @@ def _step_row_in(log, place, row, grad, scalars, corrections, work, ahead, table
         else:  # in the buffer, so that a 16-bit weight is rounded once
             row_bytes = tables.dim * itemsize_of(tag)
             current = work, work + row_bytes, work + 2 * row_bytes
-            for first in range(0, tables.dim, TURN):
-                _prefetch_ahead(ahead, first, (param_tag, tag, grad[1]))
+            _prefetch_ahead_rest(ahead, 0, tables.dim, (param_tag, tag, grad[1]))
             replay_row(place, work, last_step, tables.dim, param_tag, tag, log)
             here = _Ahead(current[0], current[1], current[2], grad[0])
             update(current, tag, grad, scalars, corrections, None, here, tables)

@@ -154,7 +154,10 @@ def _make_words(  # type: ignore[no-untyped-def]
 
 @jit
 def _find_places(counts, starts):  # type: ignore[no-untyped-def]
-    """Where each bucket begins; in ``counts`` [parts, digits], where in it each part deals to."""
+    """Fill ``starts`` with where each bucket begins.
+
+    ``counts`` [parts, digits] become the places where each part deals its words of each bucket to.
+    """
     place = np.int64(0)
     for digit in range(counts.shape[1]):
         starts[digit] = place
@@ -173,7 +176,7 @@ def _deal(part, begin, end, words, digit_shift, places, target):  # type: ignore
     for i in range(begin, end):
         digit = words[i] >> digit_shift
         target[place[digit]] = words[i]
-        prefetch(next_line + 8 * place[digit])  # of each bucket, or each eighth word waits for it
+        prefetch(next_line + 8 * place[digit])  # or the first word in it would wait for it
         place[digit] += 1
     return 0
 

@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 
 from ..._types import Pending
 from ._compile import (
+    CONVERTS_HALF,
     FLOAT64,
-    HAS_F16C,
     INT64,
     TAGS,
     TURN,
@@ -27,16 +27,17 @@ from ._compile import (
     address_of,
     at,
     compiled_overload,
+    in_whole_turns,
     inline,
     itemsize_of,
     jit,
     last_at_most,
     load,
     prefetch_bytes,
+    prefetch_rest,
     prefetch_turn,
     store,
     view,
-    whole_turns,
 )
 from ._threads import num_parts, parallel_for
 from .segment import (
@@ -243,14 +244,14 @@ def _add_element(total, addresses, j, tag):  # type: ignore[no-untyped-def]
 def _add_turn(total: Any, addresses: Any, first: int, tag: Any) -> None:
     """``_add_element`` of elements [first, first + TURN).
 
-    LLVM makes scalar code of so small a loop, so this is written as vector code.
+    LLVM makes scalar code of a loop with so little in it, so this is written as vector code.
     """
     raise NotImplementedError("only inside compiled code")
 
 
 @compiled_overload(_add_turn)
 def _add_turn_in(total, addresses, first, tag):  # type: ignore[no-untyped-def]
-    if tag != types.uint16 or HAS_F16C:
+    if tag != types.uint16 or CONVERTS_HALF:
 
         def vectors(total, addresses, first, tag):  # type: ignore[no-untyped-def]
             _add_vectors(total.ctypes.data, addresses, first, tag)
@@ -267,15 +268,14 @@ def _add_turn_in(total, addresses, first, tag):  # type: ignore[no-untyped-def]
 @inline
 def _add(total, addresses, ahead, tag):  # type: ignore[no-untyped-def]
     """Add gradients to total [D] float64, in order, and ask for as many others, line by line."""
-    whole = whole_turns(total.size)
+    whole = in_whole_turns(total.size)
     for first in range(0, whole, TURN):
         for address in ahead:
             prefetch_turn(address, first, tag)
         _add_turn(total, addresses, first, tag)
     if whole < total.size:
         for address in ahead:
-            prefetch_turn(address, whole, tag)
-            prefetch_turn(address, total.size - 1, tag)
+            prefetch_rest(address, whole, total.size, tag)
     for j in range(whole, total.size):
         _add_element(total, addresses, j, tag)
 
@@ -333,7 +333,7 @@ def _sum_partials(total, begin, end, grads):  # type: ignore[no-untyped-def]
     total[:] = 0.0
     for chunk in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
         partial = grads.partials + chunk * grads.dim * 8
-        _add(total, (partial,), (partial,), FLOAT64)
+        _add(total, (partial,), (partial + 8 * grads.dim,), FLOAT64)
 
 
 @jit  # called, not compiled in: the loop that mostly has no use for it runs better without

@@ -28,16 +28,17 @@ from ._compile import (
     block_of,
     compiled_overload,
     copy_bytes,
+    in_whole_turns,
     inline,
     itemsize_of,
     jit,
     load,
     prefetch,
     prefetch_bytes,
+    prefetch_row_rest,
     prefetch_row_turn,
     store,
     view,
-    whole_turns,
 )
 from ._interop import array_of
 from ._threads import num_parts, parallel_for
@@ -183,14 +184,13 @@ def _move_element(target, place, j, missed, tags):  # type: ignore[no-untyped-de
 @inline
 def _move_row(target, place, dim, missed, ahead, tags):  # type: ignore[no-untyped-def]
     """Bring a row up to date, and ask for the row at ``ahead`` while that is computed."""
-    whole = whole_turns(dim)
+    whole = in_whole_turns(dim)
     for first in range(0, whole, TURN):
         prefetch_row_turn(ahead, first, tags)
         for j in range(first, first + TURN):
             _move_element(target, place, j, missed, tags)
     if whole < dim:
-        prefetch_row_turn(ahead, whole, tags)
-        prefetch_row_turn(ahead, dim - 1, tags)
+        prefetch_row_rest(ahead, whole, dim, tags)
     for j in range(whole, dim):
         _move_element(target, place, j, missed, tags)
 
