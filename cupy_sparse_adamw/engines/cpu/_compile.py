@@ -94,18 +94,16 @@ def _our_cache_dir() -> Iterator[None]:
 
 
 def _compiles_for(feature: str) -> bool:
-    """Has the CPU that Numba compiles for this feature of x86? ARM has both that are asked for.
-
-    Without the instruction LLVM would call a function for each element.
-    """
+    """Has the CPU that Numba compiles for this feature, as LLVM calls it?"""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    is_arm = platform.machine() in ("aarch64", "arm64")
-    return is_arm or f"+{feature}" in features.split(",")
+    return f"+{feature}" in features.split(",")
 
 
-_HAS_FMA = _compiles_for("fma")
+# Without such an instruction LLVM would call a function for each element. 64-bit ARM has both.
+_IS_ARM = platform.machine() in ("aarch64", "arm64")
+_HAS_FMA = _IS_ARM or _compiles_for("fma")
 #: Whether one instruction converts between float16 and float32.
-CONVERTS_HALF = _compiles_for("f16c")
+CONVERTS_HALF = _IS_ARM or _compiles_for("f16c")
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _warned = False
