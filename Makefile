@@ -46,8 +46,10 @@ train: $(VENV)/train.installed ## train on MovieLens-100K; ARGS=--resume goes on
 study: $(VENV)/train.installed ## the convergence study, into docs/study.md; takes an hour or so, after Ctrl-C it goes on
 	$(PY) examples/study.py $(ARGS)
 
+# Side by side in as many processes as there are cores, but few: each may take some GB and compiles
+# kernels of its own. ARGS=-n0 runs them one after another.
 test: $(VENV)/test.installed ## run all tests; ends with what was skipped
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 soak: $(VENV)/test.installed ## the campaigns of docs/reliability.md in full, of which test runs a tenth
 	SOAK=1 $(PY) -m pytest -s tests/test_soak_checkpoints.py tests/test_programs.py \
