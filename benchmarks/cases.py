@@ -9,6 +9,8 @@ import torch
 
 #: Gradient sets that steps rotate among, so that none is still in the cache when its turn comes.
 SETS = 4
+#: How many of them, the first, are those whose steps are checked before anything is timed.
+CHECKED = 2
 #: The largest table that is filled with random values; larger ones begin as zeros, for time's sake.
 MOST_RANDOM_ELEMENTS = 1 << 28
 
@@ -109,7 +111,7 @@ class Workload:
         ]
         distinct = sum(len(rows.unique()) for ids in self.ids for rows in ids) / sets
         self.floor = floor_bytes(distinct, case.tables * case.count, case.dim)
-        #: (table, rule, decay) -> what two steps make of the sampled rows, see rivals.expected
+        #: (table, rule, decay) -> what their steps make of the sampled rows, see rivals.expected
         self.expected: dict[tuple[int, str, float], torch.Tensor] = {}
         self._samples: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._initial: torch.Tensor | None = None
@@ -136,14 +138,14 @@ class Workload:
         ]
 
     def sample(self, table: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows to look at after the first two sets, ascending.
+        """Rows to look at after the first ``CHECKED`` sets, ascending.
 
         Returns:
             Touched ones: the 16 that have the most gradients and up to 4,096 others; and up to
             twice as many that are not touched, right beside those.
         """
         if table not in self._samples:
-            ids = torch.cat([self.ids[turn][table] for turn in range(2)])
+            ids = torch.cat([self.ids[turn][table] for turn in range(CHECKED)])
             touched, counts = ids.unique(return_counts=True)
             draw = torch.Generator().manual_seed(4)
             some = torch.randperm(len(touched), generator=draw)[:4096]

@@ -51,11 +51,12 @@ TABLES = sweep(
         for tables in (1, 10, 100, 300, 1200)
     ],
 )
+#: α = 0 is the first of CASES.
 DUPLICATES = sweep(
     "Zipf exponent",
     [
         (alpha, Case(f"zipf-{alpha}", dim=64, count=65_536, zipf=alpha))
-        for alpha in (0.0, 0.4, 0.8, 1.0, 1.2, 1.5)
+        for alpha in (0.8, 1.0, 1.2, 1.5)
     ],
 )
 
@@ -68,7 +69,7 @@ DUPLICATES = sweep(
     ],
 )
 def test_step(run_case, case):
-    run_case(case)
+    run_case(case, sweep=("Zipf exponent", 0.0) if case is CASES[0] else None)
 
 
 @pytest.mark.parametrize(("case", "axis", "x"), [*TOUCHED, *SIZES, *TABLES, *DUPLICATES])

@@ -12,8 +12,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -25,7 +26,7 @@ ROUNDS = 20
 #: A rival slower than so many seconds takes part in so many rounds; the report shows how many.
 FEWER_ROUNDS = {1.0: 1, 0.5: 3, 0.15: 5}
 #: One slower than this is not warmed up again.
-ONE_WARMUP_S = 0.5
+ONE_WARMUP_S = 0.15
 #: Seconds of waiting before each timed call. An OpenMP thread of torch spins for up to 10 ms after
 #: an operation; whoever comes next is not to pay for it. (A wait that sleeps instead would let the
 #: scheduler put both threads of the next step on one core.)
@@ -86,7 +87,9 @@ class Race:
         ours: whose time is the benchmark's.
         rivals: the others.
         rounds: how many rounds count.
-        warmup: rounds before those; each gradient set is met in them.
+        warmup: rounds before those; each gradient set is met in them, or was before.
+        met: gradient sets that everybody has met.
+        known: rival -> seconds of a step that it has done, if it has.
         wait: seconds of ``settle`` before each timed call.
         before: called right before each of our steps instead of settling.
     """
@@ -97,16 +100,18 @@ class Race:
         rivals: Sequence[Timed],
         rounds: int = ROUNDS,
         warmup: int = 4,
+        met: int = 0,
+        known: Mapping[str, float] = MappingProxyType({}),
         wait: float = SETTLE_S,
         before: Callable[[], object] | None = None,
     ) -> None:
         self.ours, self.rivals = ours, list(rivals)
-        self.rounds, self.warmup, self.wait = rounds, warmup, wait
+        self.rounds, self.warmup, self.met, self.wait = rounds, warmup, met, wait
         self.before = before or (lambda: settle(wait))
         #: name -> round -> seconds, without the warm-up
         self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
         self.others = 0.0  # the share of the busy CPU time that was not this process's
-        self.fastest: dict[str, float] = {}  # name -> seconds in the warm-up
+        self.fastest = dict(known)  # name -> seconds, so far or in the warm-up
         self.turn = -warmup
 
     def every(self, name: str) -> int:
@@ -118,7 +123,7 @@ class Race:
 
     def time_rivals(self) -> None:
         """One round of all but us, beginning with another one each time; then load ours."""
-        turn = self.turn
+        turn, loaded = self.turn, self.turn + self.warmup + self.met
         self.turn += 1
         first = turn % max(len(self.rivals), 1)
         for rival in self.rivals[first:] + self.rivals[:first]:
@@ -126,7 +131,7 @@ class Race:
                 continue
             if turn >= 0 and turn % self.every(rival.name) != 0:
                 continue
-            rival.load(turn + self.warmup)
+            rival.load(loaded)
             settle(self.wait)
             begin = time.perf_counter()
             rival.step()
@@ -135,7 +140,7 @@ class Race:
                 self.seconds[rival.name][turn] = seconds
             else:
                 self.fastest[rival.name] = min(seconds, self.fastest.get(rival.name, seconds))
-        self.ours.load(turn + self.warmup)
+        self.ours.load(loaded)
         self.before()
 
     def run(self, benchmark: Any) -> list[float]:

@@ -186,7 +186,17 @@ def test_a_slow_rival_takes_part_in_fewer_rounds():
     race = timing.Race(ours, [slow], rounds=10, warmup=3, wait=0.0)
     race.run(Rounds())
     assert sorted(race.seconds["slow"]) == [0, 2, 4, 6, 8]
-    assert log.count(("slow", "step")) == 3 + 5
+    assert log.count(("slow", "step")) == 1 + 5
+
+
+def test_a_rival_that_is_known_to_be_slow_is_not_warmed_up():
+    log = []
+    ours, slow = Sleeper("ours", log), Sleeper("slow", log)
+    race = timing.Race(ours, [slow], rounds=10, warmup=2, met=2, known={"slow": 0.6}, wait=0.0)
+    race.run(Rounds())
+    assert sorted(race.seconds["slow"]) == [0, 4, 8]
+    assert [entry[2] for entry in log if entry[:2] == ("slow", "load")] == [4, 8, 12]
+    assert [entry[2] for entry in log if entry[:2] == ("ours", "load")] == list(range(2, 14))
 
 
 def test_the_ratio_is_the_median_over_rounds():

@@ -11,7 +11,6 @@ from functools import partial
 
 import pytest
 import torch
-from operations import SOAK
 from untouched_runs import DIM, KINDS, ROWS, Run, bits, look_up, make_table, settings_of
 
 from cupy_sparse_adamw import (
@@ -24,12 +23,6 @@ from cupy_sparse_adamw import (
     missed_steps,
 )
 from cupy_sparse_adamw.row_table import RowTable
-
-
-def is_full(engine: str) -> bool:
-    """Whether a test may take all its steps: on slow engines only with SOAK=1."""
-    return SOAK or engine == "cpu"
-
 
 # ---------------------------------------------------------------------- dense AdamW's result
 
@@ -54,14 +47,14 @@ def test_stale_reads_are_not_dense_adamw(engine, monkeypatch):
         RowTable, "read", lambda table, rows: functional.gather(table._store.embedding, rows)
     )
     run = Run("HashTable")
-    run.train(1000 if is_full(engine) else 150)
+    run.train(1000)
     assert run.error() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_as_dense_adamw_by_rules(engine, dtype):
     run = Run("HashTable", dtype)
-    run.train(300 if is_full(engine) else 60)
+    run.train(300)
     limit = {torch.float32: 2e-6, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
     assert run.error() <= limit
 
@@ -78,7 +71,7 @@ def zipf_ids(count: int, rows: int, exponent: float, random: torch.Generator) ->
 )
 def test_error_is_at_most_twice_that_of_dense_float32(engine, settings):
     """Zipf ids, warmup and cosine to 1e-2, 1,000 steps, gradients that depend on what was read."""
-    rows, steps = (300, 1000) if is_full(engine) else (60, 100)
+    rows, steps = 300, 1000
     run = Run("HashTable", torch.float32, rows=rows, **settings)
     float32 = torch.nn.Parameter(run.dense.detach().float())
     group = run.dense_optimizer.param_groups[0]
