@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,13 @@ from .untouched import (
     restart,
     take_over,
 )
+
+#: What ``require_hyperparams`` reads of a param group.
+SETTINGS = operator.itemgetter(
+    "lr", "betas", "eps", "weight_decay", "maximize", "eps_mode", "untouched", "bias_correction"
+)
+#: Types of settings that do not change in place.
+FIXED = {float, int, bool, str, tuple}
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -54,6 +62,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._accumulated = 0  # micro-batches since the last update
         self._reports: list[RowReport] = []  # of updates whose rows are still being checked
         self._listed: tuple[Any, list[tuple[dict[str, Any], str, Table]]] | None = None
+        self._checked: dict[int, tuple[tuple[Any, ...], Hyperparams]] = {}  # by id of the group
         super().__init__([{"params": param_dict}], defaults)
 
     # ------------------------------------------------------------------ tables and groups
@@ -235,11 +244,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         Around several calls that shall be one. Not around a backward on a GPU, which runs in a
         thread of torch's own and would wait for this one.
         """
-        owners = [table.lock_owner for table in self._tables.values()]
-        return Held([owner for owner in owners if owner is not None])
+        tables = self._tables.values()
+        return Held([t.lock_owner for t in tables if t.lock_owner is not None])
 
     def _update(self, last: bool) -> None:
-        settings = {id(group): require_hyperparams(group) for group in self.param_groups}
+        settings = {id(group): self._settings_of(group) for group in self.param_groups}
         # What follows asks each of hundreds of tables only if some may lag.
         may_lag = any(group["untouched"] != "skip" for group in self.param_groups)
         if may_lag:
@@ -294,6 +303,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                 count()
             self._reports += reports
             self._accumulated = 0
+
+    def _settings_of(self, group: dict[str, Any]) -> Hyperparams:
+        """``require_hyperparams`` of a group, whose result is kept while its settings stay."""
+        found = SETTINGS(group)
+        known = self._checked.get(id(group))
+        if known is not None and all(map(operator.is_, found, known[0])):
+            return known[1]
+        hyper = require_hyperparams(group)
+        if {*map(type, (*found, *group["betas"]))} <= FIXED:
+            self._checked[id(group)] = found, hyper
+        return hyper
 
     def _prepare_updates(
         self, updates: list[Update], segments: functional.Segments
@@ -552,7 +572,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         grads = state.pop("_grads", {})
         super().__setstate__(state)
         self._reports = []  # what they would say is in the state as well
-        self._listed = None
+        self._listed, self._checked = None, {}
         for name, saved in grads.items():
             self._tables[name].install_pending(self._tables[name].build_pending(name, saved))
         for table in self._tables.values():

@@ -226,6 +226,19 @@ def test_bad_settings(key, value, error, text):
     goes_on(run, twin)
 
 
+def test_settings_that_change_in_place_are_checked_at_every_step():
+    run = Run()
+    lr, betas = torch.tensor(0.1), [0.9, 0.99]
+    run.optimizer.param_groups[1].update(lr=lr, betas=betas)
+    run.train()
+    run.backward()
+    lr.fill_(NAN)
+    refuses(run, ValueError, "lr must be .*got nan", run.optimizer.step)
+    lr.fill_(0.1)
+    betas[0] = 1.0
+    refuses(run, ValueError, "beta1 must be .*got 1", run.optimizer.step)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_grad_scaler(steps):
     """Never a step with scaled gradients."""

@@ -34,7 +34,6 @@ from ._compile import (
     TAGS,
     TURN,
     VALUES,
-    address_of,
     at,
     block_of,
     cast,
@@ -81,6 +80,7 @@ from .sums import (
     first_key_of,
     grad_ahead,
     grad_at,
+    grads_of,
     key_at,
     next_head,
     pieces_of,
@@ -99,7 +99,10 @@ SCALARS = 12
 
 
 class _Tables(NamedTuple):
-    """Where the tables of a group are, and the scalars of their update, as addresses."""
+    """Where the tables of a group are, and the scalars of their update, as addresses.
+
+    As with ``Grads``, kernels get the numbers at an address (``_tables_of``).
+    """
 
     rows: int  # [T, ROWS_WIDTH] int64: block size, its reciprocal, then of each slot the address of
     # its block addresses and the bytes from a row to the next, last the place among scalars
@@ -107,12 +110,30 @@ class _Tables(NamedTuple):
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
     dim: int
+    logs: int  # [T, LOG_WIDTH] int64, see Log; unless untouched is None
+    row_steps: int  # [T] int64: each table's block addresses of its counts; unless per_row is None
     param_tag: Any
     moment_tag: Any
     untouched: Any  # one of TAGS_OF
-    logs: int  # [T, LOG_WIDTH] int64, see Log; unless untouched is None
     per_row: Any  # whether bias is corrected by rows' own counts: BYTE or None
-    row_steps: int  # [T] int64: of each table's block addresses of its counts; unless None
+
+
+@inline
+def _tables_of(numbers, tags):  # type: ignore[no-untyped-def]
+    """``_Tables`` from the address of its numbers, and its tags."""
+    return _Tables(
+        at(numbers, 0, INT64),
+        at(numbers, 1, INT64),
+        at(numbers, 2, INT64),
+        at(numbers, 3, INT64),
+        at(numbers, 4, INT64),
+        at(numbers, 5, INT64),
+        at(numbers, 6, INT64),
+        tags[0],
+        tags[1],
+        tags[2],
+        tags[3],
+    )
 
 
 # What a loop over the runs of one table needs of the above, read once per table: as far as the
@@ -429,8 +450,9 @@ def _step_row_in(log, place, row, grad, scalars, corrections, work, ahead, table
 
 
 @jit
-def _update_runs(part, begin, end, grads, tables):  # type: ignore[no-untyped-def]
+def _update_runs(part, begin, end, grad_numbers, grad_tag, table_numbers, tags):  # type: ignore[no-untyped-def]
     """Update the rows whose runs begin at sorted positions [begin, end)."""
+    grads, tables = grads_of(grad_numbers, grad_tag), _tables_of(table_numbers, tags)
     room = tables.room + part * tables.room_bytes
     total, work = view(room, grads.dim, FLOAT64), room + 8 * grads.dim
     i, stop = next_head(grads, begin), next_head(grads, end)
@@ -560,34 +582,34 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
     size, dim = segments.words.size, segments.dim
     parts = num_parts(size, GRAIN_ELEMENTS // dim)
     room_bytes = 8 * dim if kind.untouched != "replay" else 32 * dim
-    room = np.empty(parts * room_bytes, dtype=np.uint8)
-    tables = _Tables(
+    room = array("b", bytes(parts * room_bytes))
+    numbers = (
         rows_array.buffer_info()[0],
         scalars_array.buffer_info()[0],
-        address_of(room),
+        room.buffer_info()[0],
         room_bytes,
         dim,
-        TAGS[dtype],
-        TAGS[moment_dtype],
-        TAGS_OF[kind.untouched],
         logs_at,
-        BYTE if kind.per_row else None,
         row_steps_at,
     )
-    grads = with_chunks_summed(segments)
+    per_row = BYTE if kind.per_row else None
+    tags = TAGS[dtype], TAGS[moment_dtype], TAGS_OF[kind.untouched], per_row
+    grads, tables = with_chunks_summed(segments), array("q", numbers)
+    args = grads.buffer_info()[0], TAGS[segments.grad_dtype], tables.buffer_info()[0], tags
     variant = dtype, segments.grad_dtype, kind
     if variant not in _compiled:
-        _update_runs(0, 0, 0, grads, tables)  # of no runs
+        _update_runs(0, 0, 0, *args)  # of no runs
         _advance_steps(steps_at, 0)
         _compiled.add(variant)
     if parts > 1:
         start_threads(parts)
     part_cuts = _cuts(segments, parts)
     # Kernels know addresses: what is there lives as long as the function.
-    kept = (steps, rows_array, scalars_array, room, logs, row_steps, segments, updates)
+    arrays = steps, rows_array, scalars_array, room, grads, tables
+    kept = arrays, logs, row_steps, segments, updates
 
     def apply(kept: Any = kept) -> None:
-        run_parts(_update_runs, part_cuts, grads, tables)
+        run_parts(_update_runs, part_cuts, *args)
         _advance_steps(steps_at, num_tables)
 
     return apply

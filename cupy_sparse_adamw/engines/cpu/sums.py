@@ -7,6 +7,7 @@ the run's start. Each gradient is read once, from where backward left it.
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,11 @@ BYTES_AHEAD = 1 << 16
 
 
 class Grads(NamedTuple):
-    """``Segments`` for kernels; see there. Arrays are addresses, which cost nothing to pass on."""
+    """``Segments`` in kernels; see there. Arrays are addresses, which cost nothing to pass on.
+
+    Kernels get its numbers at an address (``grads_of``): Numba takes a number of Python's at a time
+    out of a tuple, at every call.
+    """
 
     words: int
     position_bits: int
@@ -90,6 +95,25 @@ class Pieces(NamedTuple):
     row_bytes: int
     column_stride: int
     contiguous: bool  # whether all column strides are 1
+
+
+@inline
+def grads_of(numbers, tag):  # type: ignore[no-untyped-def]
+    """``Grads`` from the address of all but the tag."""
+    return Grads(
+        at(numbers, 0, INT64),
+        at(numbers, 1, INT64),
+        at(numbers, 2, INT64),
+        at(numbers, 3, INT64),
+        at(numbers, 4, INT64),
+        at(numbers, 5, INT64),
+        at(numbers, 6, INT64),
+        at(numbers, 7, INT64),
+        at(numbers, 8, INT64),
+        at(numbers, 9, INT64),
+        at(numbers, 10, INT64),
+        tag,
+    )
 
 
 @inline
@@ -313,8 +337,9 @@ def _sum_chunk(total, begin, end, grads, pieces):  # type: ignore[no-untyped-def
 
 
 @jit
-def _sum_chunks(part, begin, end, grads):  # type: ignore[no-untyped-def]
+def _sum_chunks(part, begin, end, numbers, tag):  # type: ignore[no-untyped-def]
     """Fill the partial sums of chunks [begin, end) of the long runs."""
+    grads = grads_of(numbers, tag)
     for chunk in range(begin, end):
         run = last_at_most(chunk, grads.long_runs + 16, 3, grads.num_long_runs)
         number = chunk - at(grads.long_runs, 3 * run + 2, INT64)
@@ -348,7 +373,8 @@ def sum_run(total, begin, end, scale, grads, pieces):  # type: ignore[no-untyped
 
 
 @jit
-def _count_runs(part, begin, end, grads):  # type: ignore[no-untyped-def]
+def _count_runs(part, begin, end, numbers, tag):  # type: ignore[no-untyped-def]
+    grads = grads_of(numbers, tag)
     count = 0
     for i in range(begin, min(end, grads.num_kept)):
         count += _is_head(grads, i)
@@ -357,9 +383,10 @@ def _count_runs(part, begin, end, grads):  # type: ignore[no-untyped-def]
 
 @jit
 def _store_sums(  # type: ignore[no-untyped-def]
-    part, begin, end, grads, scale, mean, places, rows, values
+    part, begin, end, numbers, tag, scale, mean, places, rows, values
 ):
     """Rows and sums of one table's runs that begin in [begin, end), from ``places[part]`` on."""
+    grads = grads_of(numbers, tag)
     total = np.empty(grads.dim)
     place = places[part]
     pieces = pieces_of(grads, 0, 0)
@@ -375,10 +402,10 @@ def _store_sums(  # type: ignore[no-untyped-def]
     return 0
 
 
-def with_chunks_summed(segments: Segments) -> Grads:
-    """The kernels' view of segments, the chunks of long runs summed by all threads."""
+def with_chunks_summed(segments: Segments) -> array[int]:
+    """The numbers of ``Grads``, the chunks of long runs summed by all threads."""
     itemsize, partials = segments.grad_dtype.itemsize, segments.partials
-    grads = Grads(
+    fields = (
         address_of(segments.words),
         segments.position_bits,
         segments.num_kept,
@@ -390,11 +417,11 @@ def with_chunks_summed(segments: Segments) -> Grads:
         address_of(partials),
         segments.dim,
         min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
-        TAGS[segments.grad_dtype],
     )
+    grads = array("q", fields)
     if len(partials):
-        parts = num_parts(len(partials), 1)
-        parallel_for(_sum_chunks, len(partials), parts, grads)
+        numbers, tag = grads.buffer_info()[0], TAGS[segments.grad_dtype]
+        parallel_for(_sum_chunks, len(partials), num_parts(len(partials), 1), numbers, tag)
     return grads
 
 
@@ -406,16 +433,18 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
     """
     segments = segment([pending])
     grads = with_chunks_summed(segments)
+    numbers, tag = grads.buffer_info()[0], TAGS[segments.grad_dtype]
     size = segments.words.size
     parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
-    counts = parallel_for(_count_runs, size, parts, grads)
+    counts = parallel_for(_count_runs, size, parts, numbers, tag)
     rows = np.empty(sum(counts), dtype=np.int64)
     values = torch.empty(rows.size, segments.dim, dtype=segments.grad_dtype, device="cpu")
     parallel_for(
         _store_sums,
         size,
         parts,
-        grads,
+        numbers,
+        tag,
         pending.grad_scale,
         pending.mean,
         np.cumsum([0, *counts[:-1]]),
