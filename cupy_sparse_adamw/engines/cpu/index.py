@@ -37,6 +37,8 @@ from .random import init_rows_
 #: Ids a thread takes at the least, and entries asked for ahead.
 GRAIN = 8192
 AHEAD = 16
+#: Rows of a lookup between asking for one and copying it.
+ROWS_AHEAD = 32
 
 
 @inline
@@ -145,8 +147,8 @@ def _gather(  # type: ignore[no-untyped-def]
     part, begin, end, blocks, block_size, reciprocal, row_bytes, value_bytes, rows, target
 ):
     for i in range(begin, end):
-        if i + AHEAD < end and rows[i + AHEAD] >= 0:
-            ahead = row_address(blocks, block_size, reciprocal, rows[i + AHEAD], row_bytes)
+        if i + ROWS_AHEAD < end and rows[i + ROWS_AHEAD] >= 0:
+            ahead = row_address(blocks, block_size, reciprocal, rows[i + ROWS_AHEAD], row_bytes)
             prefetch_bytes(ahead, value_bytes)
         if rows[i] >= 0:
             source = row_address(blocks, block_size, reciprocal, rows[i], row_bytes)
