@@ -496,7 +496,7 @@ def test_two_tables_train_in_two_threads():
 def test_a_row_is_updated_by_vector_code(summed):
     """Scalar code takes two to four times as long, and nothing else shows it."""
     numba = pytest.importorskip("numba")
-    from cupy_sparse_adamw.engines.cpu import _compile, adamw
+    from cupy_sparse_adamw.engines.cpu import _compile, update
 
     if not _compile._compiles_for("avx2"):
         pytest.skip("what LLVM makes of these loops was looked at for AVX2 and wider alone")
@@ -505,16 +505,16 @@ def test_a_row_is_updated_by_vector_code(summed):
 
     @numba.njit(error_model="numpy")
     def update_turn(place, grad, first, factors, tags):
-        adamw._update_turn(place, grad, first, factors, None, tags)
+        update._update_turn(place, grad, first, factors, None, tags)
 
     @numba.njit(error_model="numpy")
     def update_row(place, grad, dim, scalars, corrections, ahead, tags):
-        adamw._update_row(place, grad, dim, scalars, corrections, None, ahead, tags)
+        update._update_row(place, grad, dim, scalars, corrections, None, ahead, tags)
 
     room = np.zeros((4, 16))
     place, grad = tuple(int(row.ctypes.data) for row in room[:3]), int(room[3].ctypes.data)
     update_turn(place, grad, 0, (f32,) * 6, tags)
-    update_row(place, grad, 9, np.zeros(12), (0.0,) * 3, adamw._Ahead(*place, grad), tags)
+    update_row(place, grad, 9, np.zeros(12), (0.0,) * 3, update._Ahead(*place, grad), tags)
     (turn,), (row,) = update_turn.inspect_llvm().values(), update_row.inspect_llvm().values()
     assert re.search(r"fdiv [a-z ]*<\d+ x float>", turn)
     assert not re.search(r"fdiv [a-z ]*float ", turn)
