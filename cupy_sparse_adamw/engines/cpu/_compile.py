@@ -7,16 +7,10 @@ bits and ``int16`` for bf16 bits (Numba's CPU target has no 16-bit float arithme
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import pathlib
 import platform
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
@@ -27,6 +21,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
+
+from ._cache import compiled
 
 #: Tag of an array of row numbers, ids or addresses.
 INT64 = np.int64(0)
@@ -51,48 +47,6 @@ TAGS = {
 }
 
 
-def _source_digest() -> str:
-    """Names Numba, NumPy and the source text behind kernels: a stale one can never be loaded.
-
-    Numba's own key is the modification time of the one file a kernel stands in, which misses
-    edits to the helpers that it calls.
-    """
-    digest = hashlib.sha256(f"{numba.__version__} {np.__version__}".encode())
-    engine = pathlib.Path(__file__).parent
-    for path in (*sorted(engine.glob("*.py")), engine.parents[1] / "_types.py"):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _cache_dir() -> str:
-    base = os.environ.get("NUMBA_CACHE_DIR")
-    if base is None:
-        cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        base = os.path.join(cache_home, "cupy_sparse_adamw")
-    return os.path.join(base, "numba-" + _source_digest())
-
-
-_CACHE_DIR = _cache_dir()
-
-if not any(pathlib.Path(_CACHE_DIR).glob("**/*.nbi")):  # Numba's index files
-    logging.getLogger("cupy_sparse_adamw").warning(
-        "compiling the CPU kernels, which takes some seconds when one is first used; they are kept "
-        "in %s",
-        _CACHE_DIR,
-    )
-
-
-@contextlib.contextmanager
-def _our_cache_dir() -> Iterator[None]:
-    """Numba reads its cache directory when a function is decorated; put the user's back after."""
-    users = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _CACHE_DIR
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = users
-
-
 def _compiles_for(feature: str) -> bool:
     """Has the CPU that Numba compiles for this feature, as LLVM calls it?"""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
@@ -106,24 +60,11 @@ _HAS_FMA = _IS_ARM or _compiles_for("fma")
 CONVERTS_HALF = _IS_ARM or _compiles_for("f16c")
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
-_warned = False
 
 
 def jit(function: F) -> F:
     """Compile at first use, and keep the result on disk where a cache directory can be written."""
-    global _warned
-    try:
-        with _our_cache_dir():
-            return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
-    except RuntimeError as error:  # Numba: "cannot cache function: no locator available"
-        if not _warned:
-            _warned = True
-            warnings.warn(
-                f"compiled kernels cannot be kept on disk, so every process compiles them anew; "
-                f"set NUMBA_CACHE_DIR to a directory you can write ({error})",
-                stacklevel=2,
-            )
-        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+    return compiled(function, **_OPTIONS)  # type: ignore[no-any-return]
 
 
 def inline(function: F) -> F:
