@@ -46,8 +46,8 @@ train: $(VENV)/train.installed ## train on MovieLens-100K; ARGS=--resume goes on
 study: $(VENV)/train.installed ## the convergence study, into docs/study.md; takes an hour or so, after Ctrl-C it goes on
 	$(PY) examples/study.py $(ARGS)
 
-# Side by side in as many processes as there are cores, but few: each may take some GB and compiles
-# kernels of its own. ARGS=-n0 runs them one after another.
+# Side by side in as many processes as there are cores, but few: each may take some GB.
+# ARGS=-n0 runs them one after another.
 test: $(VENV)/test.installed ## run all tests; ends with what was skipped
 	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
@@ -70,7 +70,7 @@ format: $(VENV)/lint.installed ## rewrite the code as lint wants it, as far as t
 doctor: $(VENV)/train.installed ## what is installed, does each engine work here, how fast is it
 	$(PY) -m cupy_sparse_adamw
 
-bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots; 8 to 15 minutes, with nothing else running
+bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots; 8 to 12 minutes, with nothing else running
 	@mkdir -p $(RESULTS)
 	@rm -f $(RESULTS)/all.json
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(RESULTS)/all.json $(ARGS)

@@ -23,10 +23,11 @@ import torch
 from cupy_sparse_adamw import functional
 
 ROUNDS = 20
-#: A rival slower than so many seconds takes part in so many rounds; the report shows how many.
-FEWER_ROUNDS = {1.0: 1, 0.5: 3, 0.15: 5}
-#: One slower than this is not warmed up again.
-ONE_WARMUP_S = 0.15
+#: A rival slower than so many seconds takes part in so many rounds; the report shows how many. In
+#: every 20th, 7th and 5th then, so that it does not meet one gradient set alone.
+FEWER_ROUNDS = {1.0: 1, 0.5: 3, 0.15: 4}
+#: One slower than this is not warmed up again, nor at all if a step before the race took so long.
+ONE_WARMUP_S, NO_WARMUP_S = 0.15, 0.5
 #: Seconds of waiting before each timed call. An OpenMP thread of torch spins for up to 10 ms after
 #: an operation; whoever comes next is not to pay for it. (A wait that sleeps instead would let the
 #: scheduler put both threads of the next step on one core.)
@@ -87,7 +88,7 @@ class Race:
         ours: whose time is the benchmark's.
         rivals: the others.
         rounds: how many rounds count.
-        warmup: rounds before those; each gradient set is met in them, or was before.
+        warmup: rounds before those; with ``met`` as many as there are gradient sets.
         met: gradient sets that everybody has met.
         known: rival -> seconds of a step that it has done, if it has.
         wait: seconds of ``settle`` before each timed call.
@@ -111,7 +112,8 @@ class Race:
         #: name -> round -> seconds, without the warm-up
         self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
         self.others = 0.0  # the share of the busy CPU time that was not this process's
-        self.fastest = dict(known)  # name -> seconds, so far or in the warm-up
+        #: name -> seconds, in the warm-up or, of who is too slow for that, before it
+        self.fastest = {name: taken for name, taken in known.items() if taken > NO_WARMUP_S}
         self.turn = -warmup
 
     def every(self, name: str) -> int:

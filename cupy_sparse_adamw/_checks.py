@@ -110,6 +110,13 @@ def lr_error(name: str, lr: torch.Tensor, device: torch.device) -> RuntimeError:
     )
 
 
+#: What ``require_hyperparams`` reads of a param group.
+SETTINGS = (
+    *("lr", "betas", "eps", "weight_decay", "maximize", "eps_mode"),
+    *("untouched", "bias_correction"),
+)
+
+
 def require_hyperparams(group: Mapping[str, Any]) -> Hyperparams:
     """The settings of a param group, each finite and in its range."""
     betas = require_betas(group["betas"])

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from . import functional
-from ._checks import lr_error, require_betas, require_hyperparams, require_int, row_error
+from ._checks import (
+    SETTINGS,
+    lr_error,
+    require_betas,
+    require_hyperparams,
+    require_int,
+    row_error,
+)
 from ._locks import Held
 from ._types import SKIP, Hyperparams, Kind, Pending, RowReport, Update
 from .missed_steps import MissedSteps
@@ -25,10 +32,7 @@ from .untouched import (
     take_over,
 )
 
-#: What ``require_hyperparams`` reads of a param group.
-SETTINGS = operator.itemgetter(
-    "lr", "betas", "eps", "weight_decay", "maximize", "eps_mode", "untouched", "bias_correction"
-)
+_settings_in = operator.itemgetter(*SETTINGS)
 #: Types of settings that do not change in place.
 FIXED = {float, int, bool, str, tuple}
 
@@ -306,12 +310,12 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _settings_of(self, group: dict[str, Any]) -> Hyperparams:
         """``require_hyperparams`` of a group, whose result is kept while its settings stay."""
-        found = SETTINGS(group)
+        found = _settings_in(group)
         known = self._checked.get(id(group))
         if known is not None and all(map(operator.is_, found, known[0])):
             return known[1]
         hyper = require_hyperparams(group)
-        if {*map(type, (*found, *group["betas"]))} <= FIXED:
+        if {*map(type, (*found, *found[SETTINGS.index("betas")]))} <= FIXED:
             self._checked[id(group)] = found, hyper
         return hyper
 

@@ -107,6 +107,7 @@ def build_state(
         optimizer._grad_accum_steps, optimizer._accumulated = steps, accumulated
         optimizer.state.clear()
         optimizer._reports.clear()
+        optimizer._checked.clear()
         for name, table in optimizer._tables.items():
             state = states.get(name, {})
             if state:

@@ -216,6 +216,7 @@ def run_all(chosen: list[Mutation], jobs: int, limit: float) -> Iterator[Result]
             sys.exit(f"without a mutation {original.test} fails: {original.how}")
         seconds = time.monotonic() - began
         print(f"the original passes, {seconds:.0f} s: {', '.join(files)}", file=sys.stderr)
+        limit = max(limit, 3 * seconds)
 
         def task(mutation: Mutation) -> Result:
             folder = folders.get()
@@ -267,7 +268,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", default=[], help="part of a name")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a mutant may take")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=300,
+        help="seconds a mutant may take, or three times the original's",
+    )
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of every finally
     chosen = [m for m in mutations() if not given.only or any(x in m.name for x in given.only)]

@@ -185,8 +185,8 @@ def test_a_slow_rival_takes_part_in_fewer_rounds():
     slow.step = lambda: (log.append(("slow", "step")), timing.settle(0.16))
     race = timing.Race(ours, [slow], rounds=10, warmup=3, wait=0.0)
     race.run(Rounds())
-    assert sorted(race.seconds["slow"]) == [0, 2, 4, 6, 8]
-    assert log.count(("slow", "step")) == 1 + 5
+    assert sorted(race.seconds["slow"]) == [0, 3, 6, 9]
+    assert log.count(("slow", "step")) == 1 + 4
 
 
 def test_a_rival_that_is_known_to_be_slow_is_not_warmed_up():
@@ -197,6 +197,21 @@ def test_a_rival_that_is_known_to_be_slow_is_not_warmed_up():
     assert sorted(race.seconds["slow"]) == [0, 4, 8]
     assert [entry[2] for entry in log if entry[:2] == ("slow", "load")] == [4, 8, 12]
     assert [entry[2] for entry in log if entry[:2] == ("ours", "load")] == list(range(2, 14))
+
+
+def test_one_slow_step_before_the_race_does_not_make_a_rival_slow():
+    log = []
+    ours, rival = Sleeper("ours", log), Sleeper("rival", log)
+    race = timing.Race(ours, [rival], rounds=10, warmup=2, known={"rival": 0.2}, wait=0.0)
+    race.run(Rounds())
+    assert len(race.seconds["rival"]) == 10
+
+
+def test_a_dense_rival_has_one_gradient_in_all_timed_steps():
+    contender = rivals.DenseFused(Workload(TINY))
+    for turn in range(2, 12):
+        contender.load(turn)
+        assert torch.equal(contender.params[0].grad, contender.work.grads[1][0].to_dense())
 
 
 def test_the_ratio_is_the_median_over_rounds():

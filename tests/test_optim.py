@@ -613,3 +613,28 @@ def test_a_step_put_into_the_state_by_hand():
         optimizer.step()
         assert optimizer.state_dict()["state"]["table"]["step"] == 1001
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 0.5),
+        ("betas", (0.5, 0.75)),
+        ("eps", 0.5),
+        ("weight_decay", 0.5),
+        ("maximize", True),
+        ("eps_mode", "tf"),
+    ],
+)
+def test_a_setting_holds_from_the_step_after_it_was_changed_on(key, value):
+    optimizer, weight = two_steps()
+    optimizer.param_groups[0]["eps"] = 0.25
+    optimizer.step()
+    twin, plain = (copy.deepcopy((optimizer, weight)) for _ in range(2))
+    for each, its_weight in ((optimizer, weight), twin, plain):
+        if each is not plain[0]:
+            each.param_groups[0][key] = value
+        set_grad(its_weight)
+        each.step()
+    assert torch.equal(weight, twin[1])  # whose settings nobody had asked for
+    assert not torch.equal(weight, plain[1])

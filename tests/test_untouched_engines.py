@@ -645,7 +645,7 @@ def test_what_cannot_start_or_compile_fails_before_anything_is_written(monkeypat
             monkeypatch.setattr(_threads.threading.Thread, "start", fail)
         else:
             monkeypatch.setattr(adamw, "_compiled", set())
-            monkeypatch.setattr(adamw, "_update_runs", fail)
+            monkeypatch.setattr(adamw, "update_runs", fail)
         with pytest.raises(RuntimeError, match=f"no {what}"):
             functional.prepare_sparse_adamw(updates, segments)
         assert what == "kernel" or _threads._threads == []

@@ -1,4 +1,4 @@
-"""One AdamW step on the host: where rows, moments and scalars are, told to the kernel in arrays."""
+"""An AdamW step but for its kernel (``update``): what that is told of tables, and when it runs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from ._interop import array_of
 from ._threads import num_parts, parallel_for
 from .random import init_rows_
 
-#: Ids a thread takes at the least, and entries asked for ahead.
+#: Ids a thread takes at the least, and entries of the index asked for ahead.
 GRAIN = 8192
 AHEAD = 16
 #: Rows of a lookup between asking for one and copying it.

@@ -66,8 +66,8 @@ BYTES_AHEAD = 1 << 16
 class Grads(NamedTuple):
     """``Segments`` in kernels; see there. Arrays are addresses, which cost nothing to pass on.
 
-    Kernels get its numbers at an address (``grads_of``): Numba takes a number of Python's at a time
-    out of a tuple, at every call.
+    Kernels get its numbers at an address (``grads_of``): Numba would unbox a tuple field by field,
+    at every call.
     """
 
     words: int

@@ -92,7 +92,7 @@ class Tables(NamedTuple):
 
     rows: int  # [T, ROWS_WIDTH] int64: block size, its reciprocal, then of each slot the address of
     # its block addresses and the bytes from a row to the next, last the place among scalars
-    scalars: int  # [K, SCALARS] float64, see ``adamw``; tables may share them
+    scalars: int  # [K, SCALARS] float64, see adamw._scalars; tables may share them
     room: int  # [parts, room_bytes]: a sum [D] float64, then a row to replay [3, D]
     room_bytes: int
     dim: int
