@@ -51,18 +51,24 @@ class Table:
 
 
 class Step:
-    """A step of such a table whose rows are so many steps behind."""
+    """A step of such a table whose rows are so many steps behind.
+
+    Several are steps of one table. One after another they take different gradient sets, or a large
+    cache would have the rows of the one before.
+    """
 
     def __init__(self, work: Workload, table: Table, behind: int = 0) -> None:
         self.name = table.mode if not behind else f"{table.mode}, {behind} steps behind"
         self.work, self.of, self.behind = work, table, behind
+        self.first_set = BEHIND.index(behind) if behind else 0
 
     def load(self, turn: int) -> None:
         table = self.of.table
         if self.behind:
             assert table.missed is not None
             table.get_slot("sparse_adamw_last_step").fill(table.missed.t - self.behind)
-        self.ids, self.grad = self.work.ids[turn % SETS][0], self.work.values[turn % SETS][0]
+        number = (self.first_set + turn) % SETS
+        self.ids, self.grad = self.work.ids[number][0], self.work.values[number][0]
         self.look_up()
 
     def look_up(self) -> None:
