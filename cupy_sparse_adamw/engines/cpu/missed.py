@@ -35,7 +35,6 @@ from ._compile import (
     load,
     multiply_add,
     prefetch,
-    reciprocal_of,
     store,
     view,
 )
@@ -66,12 +65,13 @@ class Log(NamedTuple):
     steps: int
     tails: int  # see _fill_tails
     last_steps: int  # of block addresses
+    # The same as the weights', known to be so by the compiler: rows are divided by it once.
     block_size: int
     reciprocal: int  # of the block size
 
 
-#: Numbers of a ``Log``, without its tag.
-LOG_WIDTH = len(Log._fields) - 1
+#: Numbers of a ``Log`` in memory: without its tag and the blocks' size.
+LOG_WIDTH = len(Log._fields) - 3
 
 
 class _Decay(NamedTuple):
@@ -121,8 +121,8 @@ def kind_of(log: Any) -> Any:
 
 
 @inline
-def log_at(kind, logs, number):  # type: ignore[no-untyped-def]
-    """The ``Log`` of a table, given its tag and the address of all tables' numbers."""
+def log_at(kind, logs, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
+    """The ``Log`` of a table, given its tag and the address of all tables' ``log_numbers``."""
     numbers = logs + number * (8 * LOG_WIDTH)
     return Log(
         kind,
@@ -134,8 +134,8 @@ def log_at(kind, logs, number):  # type: ignore[no-untyped-def]
         at(numbers, 5, INT64),
         at(numbers, 6, INT64),
         at(numbers, 7, INT64),
-        at(numbers, 8, INT64),
-        at(numbers, 9, INT64),
+        block_size,
+        reciprocal,
     )
 
 
@@ -426,8 +426,10 @@ def make_tails(missed: Missed, untouched: str) -> np.ndarray[Any, Any]:
     return tails
 
 
-def log_numbers(missed: Missed, tails: np.ndarray[Any, Any], last_step: Any) -> tuple[int, ...]:
-    """The fields of ``Log`` but its tag."""
+def log_numbers(
+    missed: Missed, tails: np.ndarray[Any, Any], last_step: Any
+) -> tuple[int, int, int, int, int, int, int, int]:
+    """The fields of ``Log`` but its tag and the blocks' size."""
     return (
         missed.t,
         missed.first,
@@ -437,6 +439,4 @@ def log_numbers(missed: Missed, tails: np.ndarray[Any, Any], last_step: Any) -> 
         missed.steps.data_ptr(),
         address_of(tails),
         last_step.addresses_at(),
-        last_step.block_size(),
-        reciprocal_of(last_step.block_size()),
     )

@@ -37,6 +37,7 @@ from ._compile import (
     prefetch_bytes,
     prefetch_row_rest,
     prefetch_row_turn,
+    reciprocal_of,
     store,
     view,
 )
@@ -343,8 +344,10 @@ def _table(lagging: Lagging, parts: int) -> tuple[_Table, list[Any]]:
     tails = make_tails(lagging.missed, lagging.untouched)
     room = 3 * parts * param.dim if lagging.untouched == "replay" else 0
     work = np.empty(room)
+    numbers = log_numbers(lagging.missed, tails, lagging.last_step)
+    block_size = param.block_size()
     table = _Table(
-        Log(TAGS_OF[lagging.untouched], *log_numbers(lagging.missed, tails, lagging.last_step)),
+        Log(TAGS_OF[lagging.untouched], *numbers, block_size, reciprocal_of(block_size)),
         param.addresses_at(),
         lagging.exp_avg.addresses_at(),
         lagging.exp_avg_sq.addresses_at(),

@@ -154,27 +154,29 @@ class _Ahead(NamedTuple):
     grad: int
 
 
-def _lagging_at(untouched: Any, per_row: Any, tables: Tables, number: int) -> Any:
+def _lagging_at(
+    untouched: Any, per_row: Any, tables: Tables, number: int, block_size: int, reciprocal: int
+) -> Any:
     """``log`` and ``row_steps`` of ``_Rows``."""
     raise NotImplementedError("only inside compiled code")
 
 
 @compiled_overload(_lagging_at)
-def _lagging_at_in(untouched, per_row, tables, number):  # type: ignore[no-untyped-def]
+def _lagging_at_in(untouched, per_row, tables, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
     if untouched == types.none and per_row == types.none:
-        return lambda untouched, per_row, tables, number: (None, 0)
+        return lambda untouched, per_row, tables, number, block_size, reciprocal: (None, 0)
     if untouched == types.none:
-        return lambda untouched, per_row, tables, number: (
+        return lambda untouched, per_row, tables, number, block_size, reciprocal: (
             None,
             at(tables.row_steps, number, INT64),
         )
     if per_row == types.none:
-        return lambda untouched, per_row, tables, number: (
-            log_at(untouched, tables.logs, number),
+        return lambda untouched, per_row, tables, number, block_size, reciprocal: (
+            log_at(untouched, tables.logs, number, block_size, reciprocal),
             0,
         )
-    return lambda untouched, per_row, tables, number: (
-        log_at(untouched, tables.logs, number),
+    return lambda untouched, per_row, tables, number, block_size, reciprocal: (
+        log_at(untouched, tables.logs, number, block_size, reciprocal),
         at(tables.row_steps, number, INT64),
     )
 
@@ -188,13 +190,16 @@ def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
         at(numbers, 4, INT64),
         at(numbers, 6, INT64),
     )
-    log, row_steps = _lagging_at(tables.untouched, tables.per_row, tables, number)
+    block_size, reciprocal = at(numbers, 0, INT64), at(numbers, 1, INT64)
+    log, row_steps = _lagging_at(
+        tables.untouched, tables.per_row, tables, number, block_size, reciprocal
+    )
     return _Rows(
         log,
         row_steps,
         first_key_of(grads, number),
-        at(numbers, 0, INT64),
-        at(numbers, 1, INT64),
+        block_size,
+        reciprocal,
         params,
         exp_avgs,
         exp_avg_sqs,
