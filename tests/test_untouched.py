@@ -71,7 +71,7 @@ def zipf_ids(count: int, rows: int, exponent: float, random: torch.Generator) ->
 )
 def test_error_is_at_most_twice_that_of_dense_float32(engine, settings):
     """Zipf ids, warmup and cosine to 1e-2, 1,000 steps, gradients that depend on what was read."""
-    rows, steps = 300, 1000
+    rows, steps = 60 if engine == "reference" else 300, 1000  # it replays step by step
     run = Run("HashTable", torch.float32, rows=rows, **settings)
     float32 = torch.nn.Parameter(run.dense.detach().float())
     group = run.dense_optimizer.param_groups[0]

@@ -64,9 +64,12 @@ def run(command: Sequence[str]) -> str:
 
 @functools.cache
 def fixed_inputs() -> str:
-    """What every object depends on besides its own source: compiler, torch, our sources."""
+    """What every object depends on besides its own source: compiler, torch, our sources.
+
+    And where these are: a fault's line is looked up by the names of files.
+    """
     sources = sorted([*CPP.rglob("*.h"), *CPP.rglob("*.cpp"), Path(__file__)])
-    text = [run(["g++", "--version"]), torch.__version__, str(TORCH)]
+    text = [run(["g++", "--version"]), torch.__version__, str(TORCH), str(CPP)]
     return "\0".join(text + [path.read_text(encoding="utf-8") for path in sources])
 
 
