@@ -138,6 +138,20 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(types.int64), codegen
 
 
+@intrinsic(prefer_literal=True)
+def numbers_at(typingctx, address, count):  # type: ignore[no-untyped-def]
+    """A tuple of the ``count`` int64 at an address; the count is a constant."""
+    numbers = types.UniTuple(types.int64, count.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        int64 = ir.IntType(64)
+        first = builder.inttoptr(args[0], int64.as_pointer())
+        places = [builder.gep(first, [ir.Constant(int64, k)]) for k in range(numbers.count)]
+        return context.make_tuple(builder, numbers, [builder.load(place) for place in places])
+
+    return numbers(types.int64, count), codegen
+
+
 @intrinsic
 def multiply_high(typingctx, x, y):  # type: ignore[no-untyped-def]
     """The upper 64 bits of the product of two unsigned 64-bit numbers."""

@@ -34,6 +34,7 @@ from ._compile import (
     jit,
     load,
     multiply_add,
+    numbers_at,
     prefetch,
     store,
     view,
@@ -123,20 +124,8 @@ def kind_of(log: Any) -> Any:
 @inline
 def log_at(kind, logs, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
     """The ``Log`` of a table, given its tag and the address of all tables' ``log_numbers``."""
-    numbers = logs + number * (8 * LOG_WIDTH)
-    return Log(
-        kind,
-        at(numbers, 0, INT64),
-        at(numbers, 1, INT64),
-        at(numbers, 2, INT64),
-        at(numbers, 3, INT64),
-        at(numbers, 4, INT64),
-        at(numbers, 5, INT64),
-        at(numbers, 6, INT64),
-        at(numbers, 7, INT64),
-        block_size,
-        reciprocal,
-    )
+    numbers = numbers_at(logs + number * (8 * LOG_WIDTH), LOG_WIDTH)
+    return Log(kind, *numbers, block_size, reciprocal)  # type: ignore[call-arg]
 
 
 @inline

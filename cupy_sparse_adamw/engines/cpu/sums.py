@@ -34,6 +34,7 @@ from ._compile import (
     jit,
     last_at_most,
     load,
+    numbers_at,
     prefetch_bytes,
     prefetch_rest,
     prefetch_turn,
@@ -84,6 +85,10 @@ class Grads(NamedTuple):
     tag: Any
 
 
+#: Numbers of ``Grads``, without its tag.
+GRADS_WIDTH = len(Grads._fields) - 1
+
+
 class Pieces(NamedTuple):
     """Where one table's gradients are."""
 
@@ -100,20 +105,7 @@ class Pieces(NamedTuple):
 @inline
 def grads_of(numbers, tag):  # type: ignore[no-untyped-def]
     """``Grads`` from the address of all but the tag."""
-    return Grads(
-        at(numbers, 0, INT64),
-        at(numbers, 1, INT64),
-        at(numbers, 2, INT64),
-        at(numbers, 3, INT64),
-        at(numbers, 4, INT64),
-        at(numbers, 5, INT64),
-        at(numbers, 6, INT64),
-        at(numbers, 7, INT64),
-        at(numbers, 8, INT64),
-        at(numbers, 9, INT64),
-        at(numbers, 10, INT64),
-        tag,
-    )
+    return Grads(*numbers_at(numbers, GRADS_WIDTH), tag)  # type: ignore[call-arg]
 
 
 @inline

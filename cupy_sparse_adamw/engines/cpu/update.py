@@ -36,6 +36,7 @@ from ._compile import (
     itemsize_of,
     jit,
     load,
+    numbers_at,
     prefetch,
     prefetch_bytes,
     prefetch_rest,
@@ -104,22 +105,16 @@ class Tables(NamedTuple):
     per_row: Any  # whether bias is corrected by rows' own counts: BYTE or None
 
 
+#: Numbers of ``Tables``, without its tags.
+TABLES_WIDTH = len(Tables._fields) - 4
+
+
 @inline
 def _tables_of(numbers, tags):  # type: ignore[no-untyped-def]
     """``Tables`` from the address of its numbers, and its tags."""
-    return Tables(
-        at(numbers, 0, INT64),
-        at(numbers, 1, INT64),
-        at(numbers, 2, INT64),
-        at(numbers, 3, INT64),
-        at(numbers, 4, INT64),
-        at(numbers, 5, INT64),
-        at(numbers, 6, INT64),
-        tags[0],
-        tags[1],
-        tags[2],
-        tags[3],
-    )
+    param_tag, moment_tag, untouched, per_row = tags
+    fields = numbers_at(numbers, TABLES_WIDTH)
+    return Tables(*fields, param_tag, moment_tag, untouched, per_row)  # type: ignore[call-arg]
 
 
 # What a loop over the runs of one table needs of the above, read once per table: as far as the
