@@ -70,7 +70,7 @@ format: $(VENV)/lint.installed ## rewrite the code as lint wants it, as far as t
 doctor: $(VENV)/train.installed ## what is installed, does each engine work here, how fast is it
 	$(PY) -m cupy_sparse_adamw
 
-bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots; 8 to 12 minutes, with nothing else running
+bench: $(VENV)/bench.installed ## time steps beside all rivals: table and plots; 7 minutes or more, with nothing else running
 	@mkdir -p $(RESULTS)
 	@rm -f $(RESULTS)/all.json
 	$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(RESULTS)/all.json $(ARGS)

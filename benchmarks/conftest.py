@@ -141,8 +141,8 @@ def run_case(
             pytest.skip(f"{case.name}: {missing[Ours.name]}")
         ours, rivals = built[0], list[Contender](built[1:])
         work.release()
-        known = {rival.name: rival.seconds for rival in rivals}
         if cold:
+            known = {rival.name: rival.seconds for rival in rivals}
             race = timing.Race(ours, [copy, *rivals], rounds, SETS - CHECKED, CHECKED, known)
         else:  # too short for a floor, and nothing in it spins; so short that many rounds are cheap
             race = timing.Race(ours, rivals, 10 * rounds, wait=0.0)
