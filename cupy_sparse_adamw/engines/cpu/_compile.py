@@ -101,6 +101,19 @@ def at(typingctx, address, index, tag):  # type: ignore[no-untyped-def]
     return tag(types.int64, types.int64, tag), codegen
 
 
+@intrinsic(prefer_literal=True)
+def numbers_at(typingctx, address, count, tag):  # type: ignore[no-untyped-def]
+    """The first ``count`` elements of such an array as a tuple; the count is a constant."""
+    numbers = types.UniTuple(tag, count.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(tag)))
+        places = [builder.gep(pointer, [ir.IntType(64)(k)]) for k in range(numbers.count)]
+        return context.make_tuple(builder, numbers, [builder.load(place) for place in places])
+
+    return numbers(types.int64, count, tag), codegen
+
+
 @inline
 def last_at_most(value, first, stride, count):  # type: ignore[no-untyped-def]
     """Index of the last of ``count`` ascending int64 that is at most ``value``; the first one is.
@@ -136,20 +149,6 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
-
-
-@intrinsic(prefer_literal=True)
-def numbers_at(typingctx, address, count):  # type: ignore[no-untyped-def]
-    """A tuple of the ``count`` int64 at an address; the count is a constant."""
-    numbers = types.UniTuple(types.int64, count.literal_value)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        int64 = ir.IntType(64)
-        first = builder.inttoptr(args[0], int64.as_pointer())
-        places = [builder.gep(first, [ir.Constant(int64, k)]) for k in range(numbers.count)]
-        return context.make_tuple(builder, numbers, [builder.load(place) for place in places])
-
-    return numbers(types.int64, count), codegen
 
 
 @intrinsic

@@ -122,8 +122,9 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
     )
     per_row = BYTE if kind.per_row else None
     tags = TAGS[dtype], TAGS[moment_dtype], TAGS_OF[kind.untouched], per_row
-    grads, tables = with_chunks_summed(segments), array("q", numbers)
-    args = grads.buffer_info()[0], TAGS[segments.grad_dtype], tables.buffer_info()[0], tags
+    grads, grad_args = with_chunks_summed(segments)
+    tables = array("q", numbers)
+    args = *grad_args, tables.buffer_info()[0], tags
     variant = dtype, segments.grad_dtype, kind
     if variant not in _compiled:
         update_runs(0, 0, 0, *args)  # of no runs

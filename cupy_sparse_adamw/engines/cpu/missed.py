@@ -121,11 +121,21 @@ def kind_of(log: Any) -> Any:
     return log.types[0]
 
 
-@inline
-def log_at(kind, logs, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
+def log_at(kind: Any, logs: int, number: int, block_size: int, reciprocal: int) -> Any:
     """The ``Log`` of a table, given its tag and the address of all tables' ``log_numbers``."""
-    numbers = numbers_at(logs + number * (8 * LOG_WIDTH), LOG_WIDTH)
-    return Log(kind, *numbers, block_size, reciprocal)  # type: ignore[call-arg]
+    raise NotImplementedError("only inside compiled code")
+
+
+@compiled_overload(log_at)
+def _log_at(kind, logs, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
+    if kind == types.none:
+        return lambda kind, logs, number, block_size, reciprocal: None
+
+    def log(kind, logs, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
+        numbers = numbers_at(logs + number * (8 * LOG_WIDTH), LOG_WIDTH, INT64)
+        return Log(kind, *numbers, block_size, reciprocal)  # type: ignore[call-arg]
+
+    return log
 
 
 @inline

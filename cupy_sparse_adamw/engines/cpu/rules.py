@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..._types import RULE_NODES, RULE_WIDTH, STEP_WIDTH
-from ._compile import FLOAT64, at, jit, view
+from ._compile import FLOAT64, jit, numbers_at, view
 
 #: Entries of the rules that are extended together; a tile of them takes 11 KiB.
 TILE = 64
@@ -91,14 +91,7 @@ def _fill_rules(tile, rules, count):  # type: ignore[no-untyped-def]
 def _extend(state, state_width, rules, begin, end, step):  # type: ignore[no-untyped-def]
     """Extend entries [begin, end); arrays are addresses, of which a call unpacks none."""
     tile = np.zeros(_ROWS * TILE)
-    numbers = (
-        at(step, 0, FLOAT64),
-        at(step, 1, FLOAT64),
-        at(step, 2, FLOAT64),
-        at(step, 3, FLOAT64),
-        at(step, 4, FLOAT64),
-        at(step, 5, FLOAT64),
-    )
+    numbers = numbers_at(step, STEP_WIDTH, FLOAT64)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         for row in range(_NODE):

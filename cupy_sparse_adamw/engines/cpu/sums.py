@@ -105,7 +105,7 @@ class Pieces(NamedTuple):
 @inline
 def grads_of(numbers, tag):  # type: ignore[no-untyped-def]
     """``Grads`` from the address of all but the tag."""
-    return Grads(*numbers_at(numbers, GRADS_WIDTH), tag)  # type: ignore[call-arg]
+    return Grads(*numbers_at(numbers, GRADS_WIDTH, INT64), tag)  # type: ignore[call-arg]
 
 
 @inline
@@ -394,8 +394,11 @@ def _store_sums(  # type: ignore[no-untyped-def]
     return 0
 
 
-def with_chunks_summed(segments: Segments) -> array[int]:
-    """The numbers of ``Grads``, the chunks of long runs summed by all threads."""
+def with_chunks_summed(segments: Segments) -> tuple[array[int], tuple[int, Any]]:
+    """The numbers of ``Grads``, which are to be kept, and what ``grads_of`` takes.
+
+    The chunks of long runs have been summed by all threads then.
+    """
     itemsize, partials = segments.grad_dtype.itemsize, segments.partials
     fields = (
         address_of(segments.words),
@@ -410,11 +413,11 @@ def with_chunks_summed(segments: Segments) -> array[int]:
         segments.dim,
         min(max(BYTES_AHEAD // (4 * segments.dim * itemsize), MIN_AHEAD), MAX_AHEAD),
     )
-    grads = array("q", fields)
+    numbers = array("q", fields)
+    args = numbers.buffer_info()[0], TAGS[segments.grad_dtype]
     if len(partials):
-        numbers, tag = grads.buffer_info()[0], TAGS[segments.grad_dtype]
-        parallel_for(_sum_chunks, len(partials), num_parts(len(partials), 1), numbers, tag)
-    return grads
+        parallel_for(_sum_chunks, len(partials), num_parts(len(partials), 1), *args)
+    return numbers, args
 
 
 def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
@@ -424,19 +427,17 @@ def coalesce(pending: Pending) -> tuple[torch.Tensor, torch.Tensor]:
         rows [U] int64, ascending, and values [U, D] of the gradients' dtype.
     """
     segments = segment([pending])
-    grads = with_chunks_summed(segments)
-    numbers, tag = grads.buffer_info()[0], TAGS[segments.grad_dtype]
+    _kept, args = with_chunks_summed(segments)
     size = segments.words.size
     parts = num_parts(size, GRAIN_ELEMENTS // segments.dim)
-    counts = parallel_for(_count_runs, size, parts, numbers, tag)
+    counts = parallel_for(_count_runs, size, parts, *args)
     rows = np.empty(sum(counts), dtype=np.int64)
     values = torch.empty(rows.size, segments.dim, dtype=segments.grad_dtype, device="cpu")
     parallel_for(
         _store_sums,
         size,
         parts,
-        numbers,
-        tag,
+        *args,
         pending.grad_scale,
         pending.mean,
         np.cumsum([0, *counts[:-1]]),

@@ -113,7 +113,7 @@ TABLES_WIDTH = len(Tables._fields) - 4
 def _tables_of(numbers, tags):  # type: ignore[no-untyped-def]
     """``Tables`` from the address of its numbers, and its tags."""
     param_tag, moment_tag, untouched, per_row = tags
-    fields = numbers_at(numbers, TABLES_WIDTH)
+    fields = numbers_at(numbers, TABLES_WIDTH, INT64)
     return Tables(*fields, param_tag, moment_tag, untouched, per_row)  # type: ignore[call-arg]
 
 
@@ -149,58 +149,44 @@ class _Ahead(NamedTuple):
     grad: int
 
 
-def _lagging_at(
-    untouched: Any, per_row: Any, tables: Tables, number: int, block_size: int, reciprocal: int
-) -> Any:
-    """``log`` and ``row_steps`` of ``_Rows``."""
+def _row_steps_at(per_row: Any, row_steps: int, number: int) -> int:
+    """``row_steps`` of ``_Rows``."""
     raise NotImplementedError("only inside compiled code")
 
 
-@compiled_overload(_lagging_at)
-def _lagging_at_in(untouched, per_row, tables, number, block_size, reciprocal):  # type: ignore[no-untyped-def]
-    if untouched == types.none and per_row == types.none:
-        return lambda untouched, per_row, tables, number, block_size, reciprocal: (None, 0)
-    if untouched == types.none:
-        return lambda untouched, per_row, tables, number, block_size, reciprocal: (
-            None,
-            at(tables.row_steps, number, INT64),
-        )
+@compiled_overload(_row_steps_at)
+def _row_steps_at_in(per_row, row_steps, number):  # type: ignore[no-untyped-def]
     if per_row == types.none:
-        return lambda untouched, per_row, tables, number, block_size, reciprocal: (
-            log_at(untouched, tables.logs, number, block_size, reciprocal),
-            0,
-        )
-    return lambda untouched, per_row, tables, number, block_size, reciprocal: (
-        log_at(untouched, tables.logs, number, block_size, reciprocal),
-        at(tables.row_steps, number, INT64),
-    )
+        return lambda per_row, row_steps, number: 0
+    return lambda per_row, row_steps, number: at(row_steps, number, INT64)
 
 
 @inline
 def _rows_of(grads, tables, number):  # type: ignore[no-untyped-def]
     """``_Rows`` of a table."""
-    numbers = tables.rows + 8 * ROWS_WIDTH * number
-    params, exp_avgs, exp_avg_sqs = (
-        at(numbers, 2, INT64),
-        at(numbers, 4, INT64),
-        at(numbers, 6, INT64),
-    )
-    block_size, reciprocal = at(numbers, 0, INT64), at(numbers, 1, INT64)
-    log, row_steps = _lagging_at(
-        tables.untouched, tables.per_row, tables, number, block_size, reciprocal
-    )
+    (
+        block_size,
+        reciprocal,
+        params,
+        param_bytes,
+        exp_avgs,
+        exp_avg_bytes,
+        exp_avg_sqs,
+        exp_avg_sq_bytes,
+        _,
+    ) = numbers_at(tables.rows + 8 * ROWS_WIDTH * number, ROWS_WIDTH, INT64)
     return _Rows(
-        log,
-        row_steps,
+        log_at(tables.untouched, tables.logs, number, block_size, reciprocal),
+        _row_steps_at(tables.per_row, tables.row_steps, number),
         first_key_of(grads, number),
         block_size,
         reciprocal,
         params,
         exp_avgs,
         exp_avg_sqs,
-        at(numbers, 3, INT64),
-        at(numbers, 5, INT64),
-        at(numbers, 7, INT64),
+        param_bytes,
+        exp_avg_bytes,
+        exp_avg_sq_bytes,
         at(params, 0, INT64),
         at(exp_avgs, 0, INT64),
         at(exp_avg_sqs, 0, INT64),
