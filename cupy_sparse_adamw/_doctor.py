@@ -231,7 +231,8 @@ def check_untouched(engine: str, untouched: str, dtype: torch.dtype) -> list[str
             log.advance(step_scalars(HYPER, j))
         slots = [slot_of(x, device) for x in values]
         last = slot_of(last_step.int()[:, None], device)
-        lagging = Lagging(slots[0], slots[1], slots[2], last, log.on(device), log.kind(dtype))
+        missed, kind = log.on(device, dtype), log.kind(dtype)
+        lagging = Lagging(slots[0], slots[1], slots[2], last, missed, kind)
         read = functional.gather_current(lagging, every_row).cpu()
         now = torch.tensor(t, device=device)
         step(slots, touched.to(device), grad.to(device), 40, now, lagging)

@@ -17,6 +17,15 @@ from .tables import bring_up_to_date, rows_are_apart
 _ATTRIBUTE = "_sparse_adamw_hooks"
 
 
+def require_no_max_norm(who: str, module: Any, untouched: str) -> None:
+    """Raise ValueError if reading a row rescales it, whatever it has missed."""
+    if module.max_norm is not None:
+        raise ValueError(
+            f"{who}: max_norm rescales rows whenever they are read, which untouched="
+            f"{untouched!r} cannot make up for; use max_norm=None or untouched='skip'"
+        )
+
+
 class _ReadInstead(torch.autograd.Function):
     """Other values for an output, whose gradient goes the way that the output's would."""
 
@@ -68,7 +77,10 @@ class EmbeddingHooks:
     @torch.no_grad()
     def _before_forward(self, module: Any, args: Any, kwargs: Any) -> None:
         table = self._table_of(module)
-        if table is None or table.missed is None or not module.training:
+        if table is None or table.missed is None:
+            return
+        require_no_max_norm(table.name, module, table.untouched)  # it may have been set since
+        if not module.training:
             return
         with table.lock:
             if (lagging := table.lagging()) is not None:

@@ -259,7 +259,7 @@ class EmbeddingTable(Table):
         param = self._over_weight(self.name).slot
         self._convert(state)
         moments = self._moments_in(self.name, param, state)
-        missed, kind = log.on(self.device), log.kind(self.weight.dtype)
+        missed, kind = log.on(self.device, self.dtype), log.kind(self.dtype)
         return Lagging(param, *moments, self.last_step(state), missed, kind)
 
     def _convert(self, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ numerically stable reconstruction of Jacobi matrices from spectral data", 1984).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,10 +31,11 @@ from ._types import RULE_CHUNK, RULE_NODES, RULE_WIDTH, STEP_WIDTH, Hyperparams,
 MAX_ENTRIES = 1 << 16
 #: Momentum is over where beta1^k / sqrt(beta2^k) falls below this: it moves no weight any more.
 MOMENTUM_ENDS = 1e-8
-#: The same where steps are replayed one by one: for float64, and to be exact.
-REPLAY_ENDS = 1e-18
-#: Up to here a rule is not exact enough, and steps are replayed.
-RULES_NEED_BETA2_ABOVE = 0.98
+#: The same in float64 tables.
+MOMENTUM_ENDS_64 = 1e-18
+#: A rule is not exact enough, and steps are replayed, with beta1 above this power of beta2. What
+#: x = 1 / (eps rho) weighs falls as x**a towards 0, with a = 2 log(beta1) / log(beta2) - 1.
+RULES_NEED_BETA1_BELOW = 2
 #: Nor where what ε is beside √v changes by more than this factor from one step to the next, which
 #: settings that stay never do,
 RULES_NEED_JUMPS_BELOW = 2.0
@@ -109,10 +111,10 @@ class MissedSteps:
         """Whether no row can be behind."""
         return self.t == self.first
 
-    @property
-    def window(self) -> int:
+    def window(self, dtype: torch.dtype) -> int:
         """After so many missed steps replaying them moves nothing any more but decay."""
-        return _steps_until(REPLAY_ENDS, self._max_ratio)
+        end = MOMENTUM_ENDS_64 if dtype is torch.float64 else MOMENTUM_ENDS
+        return _steps_until(end, self._max_ratio)
 
     def kind(self, dtype: torch.dtype) -> str:
         """``Kind.untouched`` of a table of ``dtype`` in its next step."""
@@ -120,22 +122,23 @@ class MissedSteps:
             return "decay"
         return "replay" if self.is_exact_only or dtype is torch.float64 else "dense"
 
-    def on(self, device: torch.device) -> Missed:
-        """What engines need to bring rows up to ``t``. Valid until the next ``advance``."""
+    def on(self, device: torch.device, dtype: torch.dtype) -> Missed:
+        """What engines need to bring rows of ``dtype`` up to ``t``. Valid until ``advance``."""
+        window = self.window(dtype)
         if device.type == "cpu":
-            return Missed(self.t, self.first, self.window, self._rules, self._factors, self._steps)
+            return Missed(self.t, self.first, window, self._rules, self._factors, self._steps)
         mirror, was_open = self._mirrors.get(device, (None, 0))
         if mirror is None or mirror.rules.shape != self._rules.shape or mirror.first != self.first:
             tensors = (_sent(x, device) for x in (self._rules, self._factors, self._steps))
-            mirror = Missed(self.t, self.first, self.window, *tensors)
+            mirror = Missed(self.t, self.first, window, *tensors)
         elif mirror.t != self.t:  # send what may have changed
             now, since = self.t - self.first, mirror.t - self.first
             _send(self._rules[was_open : now + 1], mirror.rules[was_open : now + 1])
             _send(self._steps[since:now], mirror.steps[since:now])
             _send(self._factors, mirror.factors)
-            mirror.t, mirror.window = self.t, self.window
+            mirror.t = self.t
         self._mirrors[device] = mirror, self._open
-        return mirror
+        return dataclasses.replace(mirror, window=window)
 
     # ------------------------------------------------------------------ steps
 
@@ -212,7 +215,8 @@ class MissedSteps:
         )
         jumps = not _is_within(beside_v, self._last_eps, RULES_NEED_JUMPS_BELOW)
         self._last_eps = beside_v
-        self.is_exact_only |= jumps or not stays or beta2 <= RULES_NEED_BETA2_ABOVE
+        slow = beta1 > beta2**RULES_NEED_BETA1_BELOW
+        self.is_exact_only |= jumps or not stays or slow
 
     def _begin_entry(self, entry: int) -> None:
         """Begin the rule of rows that were updated just now: they have missed nothing."""

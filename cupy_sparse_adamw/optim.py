@@ -362,7 +362,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         update = Update(pending, *table.moments(pending, state), state["step"], hyper)
         if table.missed is not None:
             update.last_step = table.last_step(state)
-            update.missed = table.missed.on(pending.param.device)
+            update.missed = table.missed.on(pending.param.device, table.dtype)
         if pending.kind.per_row:
             update.row_step = table.row_step(state)
         return update

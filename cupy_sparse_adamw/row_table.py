@@ -134,7 +134,7 @@ class RowTable(Table):
         log = self._store.missed
         if log is None or log.is_empty:
             return None
-        missed, kind = log.on(self.device), log.kind(self.dtype)
+        missed, kind = log.on(self.device, self.dtype), log.kind(self.dtype)
         last_step = self._store.slots[LAST_STEP]
         return Lagging(self._store.embedding, *self._moments(), last_step, missed, kind)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._types import Hyperparams
-from .embedding_hooks import hook
+from .embedding_hooks import hook, require_no_max_norm
 from .embedding_table import EmbeddingTable, table_behind
 from .missed_steps import MissedSteps, step_scalars
 from .tables import Table, bring_up_to_date
@@ -45,11 +45,7 @@ def require_keeps(name: str, table: Table, group: Mapping[str, Any]) -> None:
                 f"but {type(table.module).__name__} has a forward of its own; give the optimizer "
                 f"an Embedding that it holds, or use untouched='skip'"
             )
-        if table.module.max_norm is not None:
-            raise ValueError(
-                f"{name}: max_norm rescales rows whenever they are read, which untouched="
-                f"{untouched!r} cannot make up for; use max_norm=None or untouched='skip'"
-            )
+        require_no_max_norm(name, table.module, untouched)
 
 
 def leave_former(table: Table) -> None:

@@ -10,7 +10,7 @@ import torch
 from test_allocation import Shortage
 
 from cupy_sparse_adamw import functional, missed_steps
-from cupy_sparse_adamw._types import RULE_CHUNK, Hyperparams
+from cupy_sparse_adamw._types import RULE_CHUNK, Hyperparams, Missed
 from cupy_sparse_adamw.missed_steps import MissedSteps, step_scalars
 
 HYPER = Hyperparams(1e-3, 0.9, 0.999, 1e-8, 0.1)
@@ -30,9 +30,13 @@ def logged(steps: int, dense: bool = True, setting=setting, t: int = 0) -> Misse
     return log
 
 
+def on_host(log: MissedSteps, dtype: torch.dtype = torch.float32) -> Missed:
+    return log.on(torch.device("cpu"), dtype)
+
+
 def motion(log: MissedSteps, s: int) -> np.ndarray:
     """What ``Missed`` says that S is at ROOTS for rows whose last update was at step s."""
-    missed = log.on(torch.device("cpu"))
+    missed = on_host(log)
     _, _, _, weight, c, *rest = missed.rules[s - missed.first].tolist()
     factor = missed.factors[(s - missed.first) // RULE_CHUNK].tolist()
     d, e = [0.0, *rest[:5]], [0.0, *rest[5:10]]
@@ -59,7 +63,7 @@ def expected(log: MissedSteps, s: int, setting=setting) -> dict[str, object]:
 
 def kept(log: MissedSteps, s: int) -> tuple[float, float, float]:
     """What ``Missed`` says is left of a weight and of both moments."""
-    missed = log.on(torch.device("cpu"))
+    missed = on_host(log)
     a, b1, b2 = missed.rules[s - missed.first, :3].tolist()
     f, f2 = missed.factors[(s - missed.first) // RULE_CHUNK].tolist()
     return 1 + a + f + a * f, b1, b2 * f2
@@ -124,7 +128,6 @@ def test_by_hand():
     assert motion(log, 0) == pytest.approx(two, rel=1e-13)
     assert kept(log, 0) == pytest.approx((0.9025, 0.25, 0.5625), rel=1e-15)
     assert kept(log, 2) == (1.0, 1.0, 1.0)
-    assert log.is_exact_only  # so that nobody uses these rules: beta2 is small
 
 
 def test_decay_alone_has_no_moments():
@@ -146,19 +149,37 @@ def test_where_rules_are_not_exact_enough():
     assert not replayed(eps=1.4e-8)
     assert replayed(eps=1.6e-8)
     assert replayed(eps=6e-9)
-    assert replayed(beta2=0.98)
+    assert replayed(beta2=0.94)
     assert logged(3).kind(torch.float64) == "replay"
     assert logged(3).kind(torch.float16) == "dense"
     tf = logged(500, setting=lambda t: HYPER._replace(eps_mode="tf"))
     assert tf.kind(torch.float32) == "dense"
 
 
-def test_a_window_beyond_which_replaying_moves_nothing():
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 176), (torch.float64, 396)])
+def test_a_window_beyond_which_replaying_moves_nothing(dtype, window):
+    """The first k with (0.9 / sqrt(0.999))^k at most 1e-8, or 1e-18."""
     log = logged(30)
-    ratio = 0.9 / math.sqrt(0.999)
-    assert ratio**log.window <= missed_steps.REPLAY_ENDS < ratio ** (log.window - 1)
+    assert log.window(dtype) == on_host(log, dtype).window == window
     log.advance(step_scalars(HYPER._replace(beta1=0.5), 31))
-    assert ratio**log.window <= missed_steps.REPLAY_ENDS  # rows from before still move
+    assert log.window(dtype) == window  # rows from before still move
+
+
+@pytest.mark.parametrize(
+    ("betas", "kind"),
+    [
+        ((0.9, 0.999), "dense"),
+        ((0.9, 0.95), "dense"),
+        ((0.99, 0.995), "dense"),
+        ((0.0, 0.5), "dense"),
+        ((0.95, 0.95), "replay"),
+        ((0.981, 0.99), "replay"),
+        ((0.99, 0.9802), "replay"),
+    ],
+)
+def test_rules_need_betas_for_which_they_are_exact_enough(betas, kind):
+    log = logged(3, setting=lambda t: HYPER._replace(beta1=betas[0], beta2=betas[1]))
+    assert log.kind(torch.float32) == kind
 
 
 def test_forgetting_changes_nothing_that_is_left():
@@ -171,8 +192,8 @@ def test_forgetting_changes_nothing_that_is_left():
     for s in (512, 767, 768, 1000, 1100, 1399):
         assert np.array_equal(motion(log, s), motion(other, s))
         assert kept(log, s) == kept(other, s)
-    steps = log.on(torch.device("cpu")).steps[: log.t - log.first]
-    assert torch.equal(steps, other.on(torch.device("cpu")).steps[512 : other.t])
+    steps = on_host(log).steps[: log.t - log.first]
+    assert torch.equal(steps, on_host(other).steps[512 : other.t])
 
 
 def test_a_log_that_forgot_is_as_one_that_is_loaded():
@@ -183,7 +204,7 @@ def test_a_log_that_forgot_is_as_one_that_is_loaded():
     log.forget_before(512)
     again = MissedSteps.replayed(log.export())
     assert log.is_exact_only is again.is_exact_only is False
-    assert log.window == again.window
+    assert log.window(torch.float32) == again.window(torch.float32)
 
 
 def test_forgetting_rules_that_are_still_open():
@@ -204,7 +225,7 @@ def test_a_full_log_says_what_to_bring_up_to_date(monkeypatch):
     while log.oldest_to_keep() is None:
         log.advance(step_scalars(HYPER, log.t + 1))
     assert (log.t, log.oldest_to_keep()) == (1022, 512)
-    assert log.on(torch.device("cpu")).rules.shape[0] == 1024  # and it takes no more memory
+    assert on_host(log).rules.shape[0] == 1024  # and it takes no more memory
     log.forget_before(512)
     assert log.oldest_to_keep() is None
 
@@ -254,8 +275,8 @@ def test_saved_and_replayed(dense):
     saved = log.export()
     assert (saved["dense"], saved["first"], list(saved["steps"].shape)) == (dense, 37, [900, 6])
     again = MissedSteps.replayed(saved)
-    mine, its = log.on(torch.device("cpu")), again.on(torch.device("cpu"))
-    assert (mine.t, mine.first, mine.window) == (its.t, its.first, its.window) == (937, 37, 396)
+    mine, its = on_host(log), on_host(again)
+    assert (mine.t, mine.first, mine.window) == (its.t, its.first, its.window) == (937, 37, 176)
     for key in ("rules", "factors", "steps"):
         assert torch.equal(getattr(mine, key), getattr(its, key)), key
 
@@ -314,7 +335,7 @@ def test_what_a_gpu_has_is_what_the_host_has(monkeypatch):
         if step == 1400:
             log.forget_before(512)
         if torch.rand((), generator=random) < 0.3:
-            mine, its = log.on(torch.device("cpu")), log.on(gpu)
+            mine, its = on_host(log), log.on(gpu, torch.float32)
             assert (mine.t, mine.first, mine.window) == (its.t, its.first, its.window)
             used = mine.t - mine.first + 1
             assert torch.equal(mine.rules[:used], its.rules[:used])

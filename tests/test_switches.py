@@ -43,7 +43,7 @@ def train(table: HashTable, optimizer: SparseAdamW, given) -> None:
         optimizer.zero_grad()
 
 
-def values(table: HashTable) -> torch.Tensor:
+def values_of(table: HashTable) -> torch.Tensor:
     with torch.no_grad():
         return table.eval()(torch.arange(ROWS))
 
@@ -89,7 +89,7 @@ def test_beside_the_formula(engine, dtype, bias_correction, eps_mode, eps):
     for rows, grads in given:
         exact.step(rows, grads)
     limit = 2e-6 if dtype is torch.float32 else 1e-12
-    assert relative_error(values(table), exact.param) <= limit
+    assert relative_error(values_of(table), exact.param) <= limit
     state = optimizer.state_dict()["state"]["t"]
     order = state["ids"].argsort()
     for key in ("exp_avg", "exp_avg_sq"):
@@ -127,6 +127,60 @@ def test_tf_without_decay_is_torchs_sparse_adam(engine, dtype):
     assert relative_error(other.weight, exact) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_run_that_sparse_adam_began_goes_on(engine, dtype):
+    """Its state, taken over as docs/untouched.md says; moments as well as weights."""
+    settings = {"lr": 1e-2, "eps": 1e-3}
+    modules = [
+        torch.nn.Embedding.from_pretrained(initial().to(dtype), freeze=False, sparse=True)
+        for _ in range(2)
+    ]
+    begun, whole = (torch.optim.SparseAdam(m.parameters(), **settings) for m in modules)
+
+    def train(module, optimizer, given):
+        for rows, grads in given:
+            module(rows).backward(grads.to(dtype))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    given = list(batches(100))
+    train(modules[0], begun, given[:40])
+    train(modules[1], whole, given)
+    ours = SparseAdamW({"e": modules[0]}, **settings, weight_decay=0.0, eps_mode="tf")
+    state = ours.state_dict()
+    state["state"]["e"] = begun.state_dict()["state"][0]
+    ours.load_state_dict(state)
+    train(modules[0], ours, given[40:])
+    limit = 4e-6 if dtype is torch.float32 else 1e-12
+    exact, found = whole.state_dict()["state"][0], ours.state_dict()["state"]["e"]
+    pairs = {"weights": (modules[0].weight, modules[1].weight)}
+    pairs |= {key: (found[key], exact[key]) for key in ("exp_avg", "exp_avg_sq")}
+    for key, (value, wanted) in pairs.items():
+        assert relative_error(value, wanted.detach().double().cpu().numpy()) <= limit, key
+    assert found["step"] == exact["step"] == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_maximize_is_torchs(engine, dtype):
+    """Every row in every batch, beside torch.optim.AdamW(maximize=True) in float64."""
+    weights = initial().to(dtype)
+    table, dense = hash_table(weights, dtype), torch.nn.Parameter(weights.double())
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "maximize": True}
+    optimizer = SparseAdamW({"t": table}, **settings)
+    theirs = torch.optim.AdamW([dense], **settings)
+    everyone = torch.arange(ROWS)
+    for rows, grads in batches(40):
+        ids, values = torch.cat([rows, everyone]), torch.cat([grads, grads.new_ones(ROWS, DIM)])
+        values = values.to(dtype)
+        table(ids).backward(values)
+        dense.grad = torch.zeros_like(dense).index_add_(0, ids, values.double())
+        for each in (optimizer, theirs):
+            each.step()
+        optimizer.zero_grad()
+    limit = 2e-6 if dtype is torch.float32 else 1e-12
+    assert relative_error(values_of(table), dense.detach().cpu().numpy()) <= limit
+
+
 @pytest.mark.parametrize("mode", ["skip", "decay", "dense"])
 def test_maximize_turns_the_gradients_sign(engine, mode):
     ends = []
@@ -134,7 +188,7 @@ def test_maximize_turns_the_gradients_sign(engine, mode):
         table = hash_table(initial(), torch.float32)
         optimizer = SparseAdamW({"t": table}, lr=1e-2, maximize=maximize, untouched=mode)
         train(table, optimizer, ((r, -g if maximize else g) for r, g in batches(15)))
-        ends.append(values(table))
+        ends.append(values_of(table))
         moments = optimizer.state_dict()["state"]["t"]["exp_avg"]
         ends.append(moments)
     assert torch.equal(ends[0], ends[2])
@@ -157,7 +211,7 @@ def test_untouched_rows_follow_eps_mode(engine, eps_mode, eps):
             optimizer.step()
             optimizer.zero_grad()
             exact.step(torch.cat([rows, everyone]), torch.cat([grads, grads.new_zeros(ROWS, DIM)]))
-        assert relative_error(values(table), exact.param) <= limit
+        assert relative_error(values_of(table), exact.param) <= limit
 
 
 @pytest.mark.parametrize("kind", ["HashTable", "Embedding"])
@@ -184,7 +238,7 @@ def test_counts_of_rows_are_state(engine, kind):
     other.load_state_dict(saved[0])
     its_optimizer.load_state_dict(saved[1])
     train(other, its_optimizer, batches(10, seed=7))
-    assert torch.equal(values(other), values(table))
+    assert torch.equal(values_of(other), values_of(table))
     if kind == "HashTable":
         table.train()
         table.delete(torch.tensor([3]))
@@ -241,4 +295,4 @@ def test_an_optimizer_that_has_no_switches_has_their_defaults():
         train(table, optimizer, batches(3))
         optimizer.load_state_dict(optimizer.state_dict())
         train(table, optimizer, batches(3))
-    assert torch.equal(values(ours), values(plain))
+    assert torch.equal(values_of(ours), values_of(plain))

@@ -6,6 +6,7 @@ of such rows: test_untouched_state.py.
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -66,8 +67,16 @@ def zipf_ids(count: int, rows: int, exponent: float, random: torch.Generator) ->
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"beta1": 0.95, "weight_decay": 0.1}, {"beta1": 0.99}, {"beta2": 0.95}],
-    ids=["default", "beta1=.95", "beta1=.99", "beta2=.95"],
+    [
+        {},
+        {"beta1": 0.95, "weight_decay": 0.1},
+        {"beta1": 0.99},
+        {"beta2": 0.95},
+        {"beta1": 0.99, "beta2": 0.995},
+        {"beta1": 0.99, "beta2": 0.985},
+        {"beta1": 0.99, "beta2": 0.9802},
+    ],
+    ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "default",
 )
 def test_error_is_at_most_twice_that_of_dense_float32(engine, settings):
     """Zipf ids, warmup and cosine to 1e-2, 1,000 steps, gradients that depend on what was read."""
@@ -143,6 +152,75 @@ def test_a_zero_gradient_is_no_gradient(engine, dtype, limit):
     assert torch.allclose(ends[0], ends[1], rtol=0, atol=limit)
 
 
+class Model(torch.nn.Module):
+    """Users and bags of items, multiplied; a layer on top of it."""
+
+    def __init__(self, users, items, layer):
+        super().__init__()
+        self.users, self.items, self.layer = users, items, layer
+
+    def forward(self, users, items):
+        return self.layer(torch.tanh(look_up(self.users, users) * self.items(items)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_a_layer_above_two_tables(engine, kind):
+    """Gradients of each part depend on all others: one row that is off moves everything."""
+    random = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        values = torch.randn(*shape, generator=random, dtype=torch.float64, device="cpu")
+        return values.to(torch.get_default_device())
+
+    users, items, layer = draw(ROWS, DIM), draw(40, DIM), torch.nn.Linear(DIM, 1).double()
+    ours = Model(make_table(kind, users), make_table("EmbeddingBag", items), layer)
+    dense = Model(
+        torch.nn.Embedding.from_pretrained(users.clone(), freeze=False),
+        torch.nn.EmbeddingBag.from_pretrained(items.clone(), freeze=False),
+        copy.deepcopy(layer),
+    )
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    tables = SparseAdamW({"u": ours.users, "i": ours.items}, untouched="dense", **settings)
+    both = [
+        (ours, [tables, torch.optim.AdamW(ours.layer.parameters(), **settings)]),
+        (dense, [torch.optim.AdamW(dense.parameters(), **settings)]),
+    ]
+    for _ in range(200):
+        ids = zipf_ids(3, ROWS, 1.1, random), zipf_ids(6, 40, 1.1, random).view(3, 2)
+        ids = [x.to(users.device) for x in ids]
+        target = draw(3, 1)
+        for model, optimizers in both:
+            (model(*ids) - target).pow(2).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for name, rows in (("u", ROWS), ("i", 40)):
+        table = dense.users if name == "u" else dense.items
+        off = tables.caught_up(name, torch.arange(rows)) - table.weight
+        assert off.abs().max() <= 1e-12
+    assert torch.allclose(ours.layer.weight, dense.layer.weight, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_a_grad_scaler_skipped_is_none():
+    """Torch's own dense AdamW beside it, which the scaler makes skip the same step."""
+    run = Run("Embedding", torch.float32)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2)]
+    for i in range(30):
+        ids = run.ids(3)
+        for scaler, optimizer, values in (
+            (scalers[0], run.optimizer, look_up(run.table, ids)),
+            (scalers[1], run.dense_optimizer, run.dense[ids]),
+        ):
+            loss = torch.tanh(2 * values.double()).sum()
+            scaler.scale(loss * (torch.inf if i == 7 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert [scaler.get_scale() for scaler in scalers] == [32.0, 32.0]
+    assert run.optimizer.state_dict()["state"]["table"]["step"] == 29
+    assert run.error() <= 2e-6
+
+
 # ---------------------------------------------------------------------- time
 
 
@@ -214,8 +292,9 @@ def test_tables_share_a_log_until_they_part(engine):
     assert [table.missed.t for table in tables.values()] == [4, 5, 4, 3]
 
 
-def test_micro_batches_are_one_step(engine):
-    run = Run("HashTable")
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_one_step(engine, kind):
+    run = Run(kind)
     run.optimizer.set_grad_accum_steps(3)
     for _ in range(12):
         for _ in range(3):
@@ -225,7 +304,8 @@ def test_micro_batches_are_one_step(engine):
         run.dense_optimizer.step()
         run.dense_optimizer.zero_grad()
     assert run.error() <= 1e-12
-    assert run.table.missed.t == 12
+    (state,) = run.optimizer.state_dict()["state"].values()
+    assert state["step"] == 12
 
 
 def test_a_gradient_without_rows_is_a_step(engine):
@@ -532,6 +612,17 @@ def test_out_of_range_ids_are_torchs_to_refuse():
 
 
 # ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_max_norm_that_is_set_later_is_refused_before_a_row_is_rescaled(training):
+    run = Run("Embedding")
+    run.train(4)
+    run.table.max_norm = 1e-3
+    before = bits(run.table.weight.detach())
+    with pytest.raises(ValueError, match=r"table: max_norm .* untouched='dense'"):
+        run.table.train(training)(torch.arange(ROWS))
+    assert bits(run.table.weight.detach()) == before
 
 
 def test_refusals():
