@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import os
 import re
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,11 @@ def name_of(variant: Any) -> str:
 # ------------------------------------------------------------------ the compiler
 
 
+#: The operations NOP, and BRA to itself, as cuobjdump writes them: 0x7918 and 0x7947, of which the
+#: upper four bits are a predicate.
+FILLING = (0x918, 0x947)
+
+
 class Usage(NamedTuple):
     """What one thread or block of a kernel takes, as ptxas reports it."""
 
@@ -56,6 +62,7 @@ class Usage(NamedTuple):
     spill: int  # bytes stored and loaded again, since registers were short
     stack: int  # bytes
     shared: int  # bytes
+    instructions: int = 0  # SASS, without what fills the end
 
 
 class Compiled(NamedTuple):
@@ -108,13 +115,16 @@ def compile_source(source: str, name: str, options: tuple[str, ...], arch: int) 
     """Compile as CuPy does, for one architecture."""
     library, program = _library(), ctypes.c_void_p()
 
-    def text(what: str) -> str:
+    def get(what: str) -> bytes:
         size = ctypes.c_size_t()
         if getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)):
-            return ""
+            return b""
         buffer = ctypes.create_string_buffer(size.value)
         getattr(library, f"nvrtcGet{what}")(program, buffer)
-        return buffer.value.decode()
+        return buffer.raw
+
+    def text(what: str) -> str:
+        return get(what).rstrip(b"\0").decode()
 
     headers = _file(HEADERS, "cuda_fp16.h").parent
     flags = [*options, f"-I{headers}", *CUPY_OPTIONS, f"-arch=sm_{arch}", VERBOSE]
@@ -127,7 +137,12 @@ def compile_source(source: str, name: str, options: tuple[str, ...], arch: int) 
     try:
         failed = library.nvrtcCompileProgram(program, len(flags), array)
         log = text("ProgramLog")
-        return Compiled(failed == 0, log, "" if failed else text("PTX"), *read_log(log))
+        usage, remarks = read_log(log)
+        if failed:
+            return Compiled(False, log, "", usage, remarks)
+        for kernel, count in num_instructions(get("CUBIN")).items():
+            usage[kernel] = usage[kernel]._replace(instructions=count)
+        return Compiled(True, log, text("PTX"), usage, remarks)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -178,6 +193,33 @@ def read_log(log: str) -> tuple[dict[str, Usage], list[str]]:
         elif line.strip() and not line.startswith("ptxas info"):
             remarks.append(line)
     return usage, remarks
+
+
+def num_instructions(cubin: bytes) -> dict[str, int]:
+    """How many SASS instructions each kernel has. Those that fill its end are not counted.
+
+    A kernel's code is the section ".text.<kernel>" of an ELF file (System V ABI, "Sections").
+    """
+    sections = struct.unpack_from("<Q", cubin, 40)[0]  # e_shoff
+    size, number, of_names = struct.unpack_from(
+        "<3H", cubin, 58
+    )  # e_shentsize, e_shnum, e_shstrndx
+
+    def section(index: int) -> tuple[int, bytes]:
+        """Where its name begins among the names, and its content."""
+        name, begin, length = struct.unpack_from("<I20xQQ", cubin, sections + index * size)
+        return name, cubin[begin : begin + length]
+
+    _, names = section(of_names)
+    counts = {}
+    for name, code in map(section, range(number)):
+        label = names[name : names.index(b"\0", name)].decode()
+        if label.startswith(".text."):
+            operations = [word & 0xFFF for (word,) in struct.iter_unpack("<H14x", code)]
+            while operations and operations[-1] in FILLING:
+                operations.pop()
+            counts[label.removeprefix(".text.")] = len(operations)
+    return counts
 
 
 def kernels(ptx: str) -> dict[str, str]:
@@ -243,10 +285,11 @@ takes more registers than here.
 * **registers** per thread.
 * **spill**, **stack**: bytes per thread, in memory; there should be none.
 * **shared**: bytes per block.
+* **instructions**: of the machine (SASS); what fills the end is not counted.
 * **warps**: how many of 64 a multiprocessor holds, in blocks of {_num_threads("sparse_adamw.cu")}
   threads in `sparse_adamw.cu` and `untouched.cu`, of {_num_threads("rows.cu")} elsewhere.
 """
-    columns = ("registers", "spill", "stack", "shared", "warps")
+    columns = ("registers", "spill", "stack", "shared", "instructions", "warps")
     yield (
         " | ".join(
             ["| compiled", "kernel", *(f"sm_{arch} {c}" for arch in SHARED for c in columns)]

@@ -111,6 +111,11 @@ def test_a_planted_fault_is_found(arch: int):
     assert unexpected_remarks(fine, arch) == []
     assert fine.usage["planted"].stack == 0
 
+    # Of the empty one the stack pointer is loaded (sm_90 does so in each), and it exits.
+    assert planted("").usage["planted"].instructions == 2
+    assert fine.usage["planted"].instructions > 4
+    assert fine.usage["make_keys_32"].instructions > 50
+
     on_stack = planted("volatile float x[64]; x[i] = 1; x[i + 1] = 2; *out = x[i / 2];")
     assert on_stack.usage["planted"].stack == 256
     assert on_stack.usage["make_keys_32"].stack == 0
@@ -197,7 +202,7 @@ def test_more_registers_or_another_kernel_are_complained_about():
 
 def test_the_table_is_read_as_it_was_written():
     measured = {
-        Key(variant, kernel, arch): Usage(arch, 1, 2, 30 + number)
+        Key(variant, kernel, arch): Usage(arch, 1, 2, 30 + number, 90)
         for number, (variant, kernel) in enumerate(
             [("rows.cu UNIT=uint4", "gather"), ("sparse_adamw.cu KEY=long long VEC=4", "update")]
         )
