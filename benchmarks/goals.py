@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from cupy_sparse_adamw.missed_steps import MAX_ENTRIES
+
 
 class Goal(NamedTuple):
     """One line of the table of goals.
@@ -44,6 +46,11 @@ def _step(name: str, case: str, ratio: float, percent: float) -> list[Goal]:
 
 def _at_most(what: str, case: str, figure: str, limit: float, unit: str = "×") -> Goal:
     return Goal(what, case, ("figures", figure), limit, True, unit)
+
+
+def rivals_in_goals(case: str) -> set[str]:
+    """Rivals of a case whose ratio is a goal."""
+    return {goal.figure[1] for goal in GOALS if goal.case == case and goal.figure[0] == "rivals"}
 
 
 _MEMORY = "bytes a gradient row beyond 1 MiB"
@@ -112,9 +119,18 @@ GOALS = [
             ("lookup, backward and step", "training", {"decay": 1.2, "dense": 1.45}),
         )
         for mode, limit in limits.items()
-        for behind in (10, 1_000)
+        for behind in (10, 1_000, MAX_ENTRIES - 600)
     ),
-    _at_most("rules of untouched='dense': upkeep", "untouched-upkeep", "µs a step", 40, "µs"),
+    *(
+        _at_most(
+            f"rules of untouched='dense', beta1 {beta1}: upkeep",
+            "untouched-upkeep",
+            f"µs a step, beta1 {beta1}",
+            40,
+            "µs",
+        )
+        for beta1 in (0.9, 0.95, 0.99)
+    ),
     _at_most("first step, warm disk cache", "first-step-warm", "first step s", 2, "s"),
     _at_most("first step, no cache", "first-step-cold", "first step s", 20, "s"),
     Goal(

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ ONE_WARMUP_S, NO_WARMUP_S = 0.15, 0.5
 #: an operation; whoever comes next is not to pay for it. (A wait that sleeps instead would let the
 #: scheduler put both threads of the next step on one core.)
 SETTLE_S = 0.012
-#: Bytes of the copy that tells the memory's bandwidth, read and written: far beyond the cache.
+#: Bytes of the copy that tells the memory's bandwidth, read and written.
 COPY_BYTES = 1 << 29
 
 
@@ -47,19 +47,27 @@ class Timed(Protocol):
 
 
 class Copy:
-    """The yardstick: ``copy_`` of memory that no cache holds, all of it written before."""
+    """The yardstick: ``copy_`` of memory that no cache holds, all of it written before.
+
+    One part after another of what is four times the cache in all is copied, or of 512 MiB.
+
+    Args:
+        cache_bytes: size of the last-level cache.
+    """
 
     name = "copy"
 
-    def __init__(self) -> None:
-        self.source = torch.ones(COPY_BYTES // 8)
+    def __init__(self, cache_bytes: int = 0) -> None:
+        self.parts = math.ceil(max(4 * cache_bytes, COPY_BYTES) / COPY_BYTES)
+        self.source = torch.ones(self.parts, COPY_BYTES // 8)
         self.target = torch.full_like(self.source, 2.0)
+        self.part = 0
 
     def load(self, turn: int) -> None:
-        pass
+        self.part = turn % self.parts
 
     def step(self) -> None:
-        self.target.copy_(self.source)
+        self.target[self.part].copy_(self.source[self.part])
 
 
 def settle(seconds: float) -> None:
@@ -91,6 +99,7 @@ class Race:
         warmup: rounds before those; with ``met`` as many as there are gradient sets.
         met: gradient sets that everybody has met.
         known: rival -> seconds of a step that it has done, if it has.
+        always: rivals that take part in every round, however slow.
         wait: seconds of ``settle`` before each timed call.
         before: called right before each of our steps instead of settling.
     """
@@ -103,21 +112,29 @@ class Race:
         warmup: int = 4,
         met: int = 0,
         known: Mapping[str, float] = MappingProxyType({}),
+        always: Collection[str] = (),
         wait: float = SETTLE_S,
         before: Callable[[], object] | None = None,
     ) -> None:
         self.ours, self.rivals = ours, list(rivals)
         self.rounds, self.warmup, self.met, self.wait = rounds, warmup, met, wait
+        self.always = always
         self.before = before or (lambda: settle(wait))
         #: name -> round -> seconds, without the warm-up
         self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
         self.others = 0.0  # the share of the busy CPU time that was not this process's
         #: name -> seconds, in the warm-up or, of who is too slow for that, before it
-        self.fastest = {name: taken for name, taken in known.items() if taken > NO_WARMUP_S}
+        self.fastest = {
+            name: taken
+            for name, taken in known.items()
+            if taken > NO_WARMUP_S and name not in always
+        }
         self.turn = -warmup
 
     def every(self, name: str) -> int:
         """A rival takes part in every k-th round, by its fastest step of the warm-up."""
+        if name in self.always:
+            return 1
         for limit, fewer in FEWER_ROUNDS.items():
             if self.fastest.get(name, 0.0) > limit:
                 return math.ceil(self.rounds / fewer)
@@ -129,7 +146,8 @@ class Race:
         self.turn += 1
         first = turn % max(len(self.rivals), 1)
         for rival in self.rivals[first:] + self.rivals[:first]:
-            if turn < 0 and self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S:
+            slow = self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S
+            if turn < 0 and slow and rival.name not in self.always:
                 continue
             if turn >= 0 and turn % self.every(rival.name) != 0:
                 continue
