@@ -9,6 +9,10 @@ stays. What is missing or no number is wrong in any.
 
 CPUs differ in ratios as well, by half. A run is compared with runs on its own CPU; on a CPU that
 has none, with the least that any machine had of each ratio.
+
+Where others use the machine's memory, everybody is slower, and we most, who do nothing but wait for
+memory: three times as slow was seen. A copy tells: a case in whose rounds it was slower than on the
+same CPU in the baseline, by more than ``UNDISTURBED`` allows, is not judged, and named.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ TOLERANCE = 0.15
 #: fall of 50%.
 QUICK_TOLERANCE = 0.35
 
+#: Share of the baseline's copy bandwidth below which a case is not judged.
+UNDISTURBED = 0.75
+
 #: Too slow for enough rounds, and nobody's rival in speed: shown, not compared.
 NOT_COMPARED = ("reference",)
 
@@ -38,7 +45,8 @@ class Measured(NamedTuple):
 
     Attributes:
         environments: where and when.
-        cases: name -> {"quick": whether ``--quick`` runs it, "ratios": name -> the least of them}.
+        cases: name -> {"quick": whether ``--quick`` runs it, "ratios": name -> the least of them,
+            "copy": GB/s of a copy in the same rounds, the least, if all of them had one}.
     """
 
     environments: list[dict[str, Any]]
@@ -69,9 +77,12 @@ def least_of(several: list[Measured]) -> Measured:
     cases: Cases = {}
     for measured in several:
         for name, case in measured.cases.items():
-            least = cases.setdefault(name, {"quick": case["quick"], "ratios": {}})["ratios"]
+            entry = cases.setdefault(name, {**case, "ratios": {}})
             for key, value in case["ratios"].items():
-                least[key] = min(value, least.get(key, math.inf))
+                entry["ratios"][key] = min(value, entry["ratios"].get(key, math.inf))
+            speeds = entry.pop("copy", None), case.get("copy")
+            if None not in speeds:
+                entry["copy"] = min(speeds)
     return Measured([x for measured in several for x in measured.environments], cases)
 
 
@@ -92,6 +103,8 @@ def measured_in(run: Run) -> Measured:
                     raise Unreadable(f"{name}: {key} is {value}: no baseline; run make bench")
             ratios = {key: round(value, 3) for key, value in ratios.items()}
             cases[name] = {"quick": figures["quick"], "ratios": ratios}
+            if FLOOR in figures:
+                cases[name]["copy"] = round(figures[FLOOR]["copy_GB_per_s"], 1)
     return Measured([run.environment], cases)
 
 
@@ -126,9 +139,9 @@ def read_baseline(
                 raise TypeError("an environment is no object")
             for case in measured.cases.values():
                 bool(case["quick"])
-                for value in case["ratios"].values():
+                for value in (*case["ratios"].values(), case.get("copy", 1.0)):
                     if not value > 0:
-                        raise ValueError(f"a ratio is {value}")
+                        raise ValueError(f"a ratio or speed is {value}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Unreadable(f"{path} is no baseline: {error!r}; {way_out}") from error
     return baseline
@@ -187,7 +200,7 @@ def compare(cases: Cases, before: Cases, quick: bool, tolerance: float) -> Compa
         if name not in cases:
             found.broken.append(f"{name}: is in the baseline but not in this run")
             continue
-        _compare_case(name, cases[name], entry["ratios"], quick, tolerance, found)
+        _compare_case(name, cases[name], entry, quick, tolerance, found)
     new = [name for name in cases if name not in before and ratios_of(cases[name])]
     found.told.extend(f"new: {name}" for name in new)
     return found
@@ -196,15 +209,16 @@ def compare(cases: Cases, before: Cases, quick: bool, tolerance: float) -> Compa
 def _compare_case(
     name: str,
     figures: dict[str, Any],
-    entry: dict[str, float],
+    entry: dict[str, Any],
     quick: bool,
     tolerance: float,
     found: Comparison,
 ) -> None:
     """See ``compare``; what is found about one case is added."""
     now = ratios_of(figures)
-    found.told.extend(f"new: {name}: {key}" for key in now if key not in entry)
-    before = {key: value for key, value in entry.items() if key in now}
+    ratios = entry["ratios"]
+    found.told.extend(f"new: {name}: {key}" for key in now if key not in ratios)
+    before = {key: value for key, value in ratios.items() if key in now}
     if not before:
         found.broken.append(f"{name}: none of the baseline's ratios was measured")
         return
@@ -212,12 +226,19 @@ def _compare_case(
         reasons = figures.get("not_timed", {})
         found.broken.extend(
             f"{name}: the ratio to {key} is gone: {reasons.get(key, 'it was not timed')}"
-            for key in entry
+            for key in ratios
             if key not in now
         )
     changes = {key: now[key] / value - 1 for key, value in before.items()}
     if not all(map(math.isfinite, changes.values())):
         found.broken.append(f"{name}: a ratio is no number: {now}")
+        return
+    copy = figures.get(FLOOR, {}).get("copy_GB_per_s", math.inf)
+    if copy < UNDISTURBED * entry.get("copy", 0.0):
+        found.told.append(
+            f"not judged: {name}: others used the memory, a copy ran at {copy:.1f} GB/s, in the "
+            f"baseline at {entry['copy']:.1f}"
+        )
         return
     lines = [
         f"{key} / ours from {before[key]:.2f} to {now[key]:.2f} ({100 * change:+.0f}%)"

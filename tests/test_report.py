@@ -203,6 +203,28 @@ def test_a_fall_on_a_fast_cpu_is_not_excused_by_a_slow_one(write, tmp_path, caps
     assert "SparseAdam / ours from 9.00 to 7.00 (-22%)" in capsys.readouterr().out
 
 
+def test_a_case_is_not_judged_where_a_copy_was_slower_too(compare):
+    slow = a_case(ratio=2.0, percent=20.0)
+    slow["floor"]["copy_GB_per_s"] = 18.0  # of 25
+    status, said = compare([slow], [a_case()])
+    assert (status, "WORSE" in said) == (0, False)
+    assert "not judged: D64-uniform: others used the memory, a copy ran at 18.0 GB/s" in said
+    slow["floor"]["copy_GB_per_s"] = 19.0
+    assert compare([slow], [a_case()])[0] == 1
+
+
+def test_a_copy_on_other_cpus_disturbs_nothing(write):
+    """Of machines of which one has no figure, none is kept: what is slow on one is not on all."""
+    fast = a_case()
+    fast["floor"]["copy_GB_per_s"] = 100.0
+    kept = write(("Fast", [fast]), ("Slow", [a_case()]))
+    assert baseline.of_cpu("Fast", kept).cases["D64-uniform"]["copy"] == 100.0
+    assert baseline.of_cpu("Unknown", kept).cases["D64-uniform"]["copy"] == 25.0
+    del kept[0].cases["D64-uniform"]["copy"]
+    for several in (kept, kept[::-1]):
+        assert "copy" not in baseline.least_of(several).cases["D64-uniform"]
+
+
 def test_a_new_run_replaces_those_on_its_cpu_and_no_others(write):
     write(("A", [a_case(ratio=9.0), a_case("gone")]), ("B", [a_case(ratio=6.0)]))
     kept = write(("A", [a_case(ratio=8.0)]))
@@ -322,7 +344,7 @@ def with_ratio(value):
         ("[]", "holds no JSON object"),
         ('{"measured": []}', "it is empty"),
         ('{"measured": [{"cases": {"a": {}}, "environments": []}]}', "is no baseline"),
-        (with_ratio(-1), "a ratio is -1"),
+        (with_ratio(-1), "a ratio or speed is -1"),
     ],
 )
 def test_a_bad_baseline_says_the_way_out(tmp_path, capsys, content, said):
