@@ -11,8 +11,9 @@ CPUs differ in ratios as well, by half. A run is compared with runs on its own C
 has none, with the least that any machine had of each ratio.
 
 Where others use the machine's memory, everybody is slower, and we most, who do nothing but wait for
-memory: three times as slow was seen. A copy tells: a case in whose rounds it was slower than on the
-same CPU in the baseline, by more than ``UNDISTURBED`` allows, is not judged, and named.
+memory: three times as slow was seen. A copy tells: a case in whose rounds it ran at less than
+``UNDISTURBED`` of what the baseline has is not judged in this run, and named. (Cases without a copy
+in their rounds, and of runs that are older than this rule, always are.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import FLOOR, Cases, Run, Unreadable, read_json
+from runs import COPY, FLOOR, Cases, Run, Unreadable, read_json
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
 
@@ -46,7 +47,7 @@ class Measured(NamedTuple):
     Attributes:
         environments: where and when.
         cases: name -> {"quick": whether ``--quick`` runs it, "ratios": name -> the least of them,
-            "copy": GB/s of a copy in the same rounds, the least, if all of them had one}.
+            "copy_GB_per_s": of a copy in the same rounds, the least, if all of them had one}.
     """
 
     environments: list[dict[str, Any]]
@@ -80,9 +81,9 @@ def least_of(several: list[Measured]) -> Measured:
             entry = cases.setdefault(name, {**case, "ratios": {}})
             for key, value in case["ratios"].items():
                 entry["ratios"][key] = min(value, entry["ratios"].get(key, math.inf))
-            speeds = entry.pop("copy", None), case.get("copy")
+            speeds = entry.pop(COPY, None), case.get(COPY)
             if None not in speeds:
-                entry["copy"] = min(speeds)
+                entry[COPY] = min(speeds)
     return Measured([x for measured in several for x in measured.environments], cases)
 
 
@@ -101,10 +102,10 @@ def measured_in(run: Run) -> Measured:
             for key, value in ratios.items():
                 if not (math.isfinite(value) and value > 0):
                     raise Unreadable(f"{name}: {key} is {value}: no baseline; run make bench")
-            ratios = {key: round(value, 3) for key, value in ratios.items()}
+            ratios = {key: float(f"{value:.4g}") for key, value in ratios.items()}
             cases[name] = {"quick": figures["quick"], "ratios": ratios}
-            if FLOOR in figures:
-                cases[name]["copy"] = round(figures[FLOOR]["copy_GB_per_s"], 1)
+            if COPY in figures:
+                cases[name][COPY] = float(f"{figures[COPY]:.4g}")
     return Measured([run.environment], cases)
 
 
@@ -116,19 +117,21 @@ def of_cpu(cpu: str, baseline: list[Measured]) -> Measured:
 def with_runs(baseline: list[Measured], runs: list[Run]) -> list[Measured]:
     """The baseline with these runs in the place of earlier ones on the same CPUs."""
     new = [measured_in(run) for run in runs]
-    cpus = sorted(set[str]().union(*(measured.cpus() for measured in new)))
-    kept = [measured for measured in baseline if not measured.cpus() <= set(cpus)]
-    return kept + [of_cpu(cpu, new) for cpu in cpus]
+    cpus = set[str]().union(*(measured.cpus() for measured in new))
+    alone = cpus.union(*(x.cpus() for x in baseline if len(x.cpus()) == 1))
+    kept = [x for x in baseline if not x.cpus() <= (cpus if len(x.cpus()) == 1 else alone)]
+    return kept + [of_cpu(cpu, new) for cpu in sorted(cpus)]
 
 
-def read_baseline(
-    path: Path, way_out: str = "write one with make bench-baseline"
-) -> list[Measured]:
+def read_baseline(path: Path) -> list[Measured]:
     """The committed baseline.
 
     Raises:
         Unreadable: the file is missing or is none.
     """
+    way_out = "write one with make bench-baseline"
+    if path.exists():
+        way_out = f"delete it, then {way_out}"
     content = read_json(path, way_out)
     try:
         baseline = [Measured(x["environments"], x["cases"]) for x in content["measured"]]
@@ -139,7 +142,7 @@ def read_baseline(
                 raise TypeError("an environment is no object")
             for case in measured.cases.values():
                 bool(case["quick"])
-                for value in (*case["ratios"].values(), case.get("copy", 1.0)):
+                for value in (*case["ratios"].values(), case.get(COPY, 1.0)):
                     if not value > 0:
                         raise ValueError(f"a ratio or speed is {value}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -154,9 +157,7 @@ def write_baseline(runs: list[Run], path: Path) -> None:
         Unreadable: a run is not whole or has a ratio that is no number, or the file that is there
             is no baseline. Nothing is written then.
     """
-    way_out = "delete it, then run make bench-baseline"
-    earlier = read_baseline(path, way_out) if path.exists() else []
-    baseline = with_runs(earlier, runs)
+    baseline = with_runs(read_baseline(path) if path.exists() else [], runs)
     content = {"measured": [measured._asdict() for measured in baseline]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for measured in baseline:
@@ -172,11 +173,13 @@ class Comparison(NamedTuple):
     Attributes:
         broken: what is missing or no number.
         worse: case -> how far it fell, of those that fell by more than they may.
+        not_judged: case -> why, where others used the memory.
         told: what else is worth telling.
     """
 
     broken: list[str]
     worse: dict[str, str]
+    not_judged: dict[str, str]
     told: list[str]
 
 
@@ -193,7 +196,7 @@ def compare(cases: Cases, before: Cases, quick: bool, tolerance: float) -> Compa
     Returns:
         What was found.
     """
-    found = Comparison([], {}, [])
+    found = Comparison([], {}, {}, [])
     for name, entry in before.items():
         if quick and not entry["quick"]:
             continue
@@ -233,11 +236,11 @@ def _compare_case(
     if not all(map(math.isfinite, changes.values())):
         found.broken.append(f"{name}: a ratio is no number: {now}")
         return
-    copy = figures.get(FLOOR, {}).get("copy_GB_per_s", math.inf)
-    if copy < UNDISTURBED * entry.get("copy", 0.0):
-        found.told.append(
-            f"not judged: {name}: others used the memory, a copy ran at {copy:.1f} GB/s, in the "
-            f"baseline at {entry['copy']:.1f}"
+    copy = figures.get(COPY, math.inf)
+    if copy < UNDISTURBED * entry.get(COPY, 0.0):
+        found.not_judged[name] = (
+            f"others used the memory: a copy ran at {copy:.1f} GB/s, in the baseline at "
+            f"{entry[COPY]:.1f}"
         )
         return
     lines = [
@@ -271,16 +274,25 @@ def print_comparison(runs: list[Run], baseline: list[Measured]) -> int:
     for line in [*notes, *compared[-1].told]:
         print(line)
     broken = list(dict.fromkeys(line for found in compared for line in found.broken))
-    worse = [name for name in compared[-1].worse if all(name in found.worse for found in compared)]
+    worse: dict[str, str] = {}
+    for found in compared:
+        worse |= found.worse
+    for found in compared:  # worse in each run that judged it
+        for name in worse.keys() - found.worse.keys() - found.not_judged.keys():
+            del worse[name]
     for number, found in enumerate(compared, 1):
         for name, line in found.worse.items():
             if name not in worse:
                 print(f"not in every run: {name}: {line} (run {number})")
-    lines = [*broken, *(f"{name}: {compared[-1].worse[name]}" for name in worse)]
+        for name, line in found.not_judged.items():
+            print(f"not judged: {name}: {line} (run {number})")
+    lines = [*broken, *(f"{name}: {line}" for name, line in worse.items())]
     for line in lines:
         print(f"WORSE: {line}")
     count = sum(len(ratios_of(figures)) for figures in runs[-1].cases.values())
-    verdict = f"{len(lines)} findings" if lines else "none fell by more"
+    verdict = f"worse or wrong: {len(lines)}" if lines else "none fell by more"
+    if never := set.intersection(*(set(found.not_judged) for found in compared)):
+        verdict += f"; cases that no run could judge: {len(never)}"
     runs_of = f"{len(runs)} runs of " if len(runs) > 1 else ""
     print(
         f"benchmarks: {runs_of}{count} ratios, falls of {100 * tolerance:.0f}% allowed: {verdict}"

@@ -81,7 +81,7 @@ def _fbgemm_version() -> str:
         return "not installed"
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """Bytes of the last-level cache; 0 where the system does not say."""
     size = _last_level_cache()
     units = {"K": 1 << 10, "M": 1 << 20}
@@ -110,7 +110,7 @@ def free_memory() -> float:
 
 @pytest.fixture(scope="session")
 def copy(request: pytest.FixtureRequest) -> timing.Copy:
-    return timing.Copy(0 if request.config.getoption("--tiny") else _cache_bytes())
+    return timing.Copy(0 if request.config.getoption("--tiny") else cache_bytes())
 
 
 @pytest.fixture

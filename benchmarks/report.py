@@ -45,7 +45,7 @@ def table(cases: Cases) -> str:
             [
                 f"{floor['percent']:.0f}%",
                 f"{floor['GB_per_s']:.1f}",
-                f"{floor['copy_GB_per_s']:.1f}",
+                f"{figures['copy_GB_per_s']:.1f}",
             ]
             if floor
             else ["", "", ""]
@@ -212,7 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--plots", action="store_true", help="write PNGs beside the run")
     parser.add_argument("--compare", action="store_true", help="with the baseline, nothing else")
-    parser.add_argument("--write-baseline", action="store_true", help="make this run the baseline")
+    parser.add_argument(
+        "--write-baseline", action="store_true", help="make this run the baseline of its CPU"
+    )
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     chosen = parser.parse_args(arguments)
     if len(chosen.run) > 1 and not (chosen.compare or chosen.write_baseline):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 #: Of ratios: not a rival, but the time that the ideal bytes take at copy bandwidth.
 FLOOR = "floor"
+#: Of a case's figures: how fast a copy was in its rounds.
+COPY = "copy_GB_per_s"
 
 Cases = dict[str, dict[str, Any]]
 

@@ -202,22 +202,23 @@ def summary(race: Race, ours: Sequence[float], floor: float | None = None) -> di
     }
     for name, theirs in race.seconds.items():
         middle, spread = ratio(theirs, ours)
-        if name != Copy.name:
+        if name == Copy.name:
+            copy_s = statistics.median(theirs.values())
+            result["copy_GB_per_s"] = COPY_BYTES / copy_s / 1e9
+            if floor is not None:
+                result["floor"] = {
+                    "bytes": floor,
+                    "ms": 1e3 * floor / COPY_BYTES * copy_s,
+                    "percent": 100 * floor / COPY_BYTES * middle,
+                    "spread": spread / middle,
+                    "GB_per_s": floor / statistics.median(ours) / 1e9,
+                }
+        else:
             result["rivals"][name] = {
                 "ms": 1e3 * statistics.median(theirs.values()),
                 "ratio": middle,
                 "spread": spread / middle,
                 "rounds": len(theirs),
-            }
-        elif floor is not None:
-            copy_s = statistics.median(theirs.values())
-            result["floor"] = {
-                "bytes": floor,
-                "ms": 1e3 * floor / COPY_BYTES * copy_s,
-                "percent": 100 * floor / COPY_BYTES * middle,
-                "spread": spread / middle,
-                "GB_per_s": floor / statistics.median(ours) / 1e9,
-                "copy_GB_per_s": COPY_BYTES / copy_s / 1e9,
             }
     return result
 

@@ -76,11 +76,10 @@ class EmbeddingHooks:
     @torch.compiler.disable
     @torch.no_grad()
     def _before_forward(self, module: Any, args: Any, kwargs: Any) -> None:
-        table = self._table_of(module)
-        if table is None or table.missed is None:
+        if (table := self._table_of(module)) is None:
             return
         require_no_max_norm(table.name, module, table.untouched)  # it may have been set since
-        if not module.training:
+        if table.missed is None or not module.training:
             return
         with table.lock:
             if (lagging := table.lagging()) is not None:

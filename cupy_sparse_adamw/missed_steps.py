@@ -33,14 +33,14 @@ MAX_ENTRIES = 1 << 16
 MOMENTUM_ENDS = 1e-8
 #: The same in float64 tables.
 MOMENTUM_ENDS_64 = 1e-18
-#: A rule is not exact enough, and steps are replayed, with beta1 above this power of beta2. What
-#: x = 1 / (eps rho) weighs falls as x**a towards 0, with a = 2 log(beta1) / log(beta2) - 1.
-RULES_NEED_BETA1_BELOW = 2
-#: Nor where what ε is beside √v changes by more than this factor from one step to the next, which
-#: settings that stay never do,
+#: A rule is not exact enough, and steps are replayed, where what ε is beside √v changes by more
+#: than this factor from one step to the next, which settings that stay never do,
 RULES_NEED_JUMPS_BELOW = 2.0
-#: or where ε itself strays from what it was at first by more than this factor.
+#: where ε itself strays from what it was at first by more than this factor,
 RULES_NEED_EPS_WITHIN = 1.5
+#: or with beta1 above this power of beta2: what x = 1 / (eps rho) weighs falls as x**a towards 0,
+#: with a = 2 log(beta1) / log(beta2) - 1, and the less, the more nodes it takes.
+RULES_NEED_POWER_OF_BETA2 = 2
 
 _MIN_ENTRIES = 4 * RULE_CHUNK
 _STATE_ROWS = 4 + 2 * RULE_NODES
@@ -215,8 +215,8 @@ class MissedSteps:
         )
         jumps = not _is_within(beside_v, self._last_eps, RULES_NEED_JUMPS_BELOW)
         self._last_eps = beside_v
-        slow = beta1 > beta2**RULES_NEED_BETA1_BELOW
-        self.is_exact_only |= jumps or not stays or slow
+        fades_slowly = beta1 > beta2**RULES_NEED_POWER_OF_BETA2
+        self.is_exact_only |= jumps or not stays or fades_slowly
 
     def _begin_entry(self, entry: int) -> None:
         """Begin the rule of rows that were updated just now: they have missed nothing."""

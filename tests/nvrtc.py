@@ -50,9 +50,9 @@ def name_of(variant: Any) -> str:
 # ------------------------------------------------------------------ the compiler
 
 
-#: The operations NOP, and BRA to itself, as cuobjdump writes them: 0x7918 and 0x7947, of which the
-#: upper four bits are a predicate.
-FILLING = (0x918, 0x947)
+#: What fills the end of a kernel: one BRA to itself, then NOPs. cuobjdump writes them as 0x7947 and
+#: 0x7918, of which the upper four bits are a predicate.
+BRA, NOP = 0x947, 0x918
 
 
 class Usage(NamedTuple):
@@ -216,7 +216,9 @@ def num_instructions(cubin: bytes) -> dict[str, int]:
         label = names[name : names.index(b"\0", name)].decode()
         if label.startswith(".text."):
             operations = [word & 0xFFF for (word,) in struct.iter_unpack("<H14x", code)]
-            while operations and operations[-1] in FILLING:
+            while operations[-1] == NOP:
+                operations.pop()
+            if operations[-1] == BRA:
                 operations.pop()
             counts[label.removeprefix(".text.")] = len(operations)
     return counts

@@ -96,6 +96,10 @@ def test_rules_stand_for_the_sum(s, limit):
         ((0.99, 0.999), 10, 2e-5),
         ((0.99, 0.999), 100, 1e-7),
         ((0.9, 0.99), 10, 5e-8),
+        ((0.99, 0.995), 100, 1e-4),
+        ((0.9, 0.95), 10, 1e-4),
+        ((0.25, 0.5), 10, 1e-5),
+        ((0.04, 0.2), 10, 1e-6),  # beta2 to the power of 300 is no number
         ((0.0, 0.999), 10, 0.0),
     ],
 )
@@ -103,7 +107,7 @@ def test_rules_of_other_betas(betas, s, limit):
     def setting(t):
         return HYPER._replace(beta1=betas[0], beta2=betas[1])
 
-    log = logged(300, setting=setting)
+    log = logged(700, setting=setting)
     wanted = expected(log, s, setting)["moved"]
     found = motion(log, s)
     if betas[0]:

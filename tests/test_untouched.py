@@ -615,9 +615,10 @@ def test_out_of_range_ids_are_torchs_to_refuse():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_max_norm_that_is_set_later_is_refused_before_a_row_is_rescaled(training):
+@pytest.mark.parametrize("steps", [0, 4])
+def test_max_norm_that_is_set_later_is_refused_before_a_row_is_rescaled(training, steps):
     run = Run("Embedding")
-    run.train(4)
+    run.train(steps)
     run.table.max_norm = 1e-3
     before = bits(run.table.weight.detach())
     with pytest.raises(ValueError, match=r"table: max_norm .* untouched='dense'"):
