@@ -18,6 +18,7 @@ from ._checks import (
     row_error,
 )
 from ._locks import Held
+from ._step_hooks import hooked
 from ._types import SKIP, Hyperparams, Kind, Pending, RowReport, Update
 from .missed_steps import MissedSteps
 from .optimizer_state import DEFAULTS, build_state, export_state, require_no_amsgrad
@@ -198,6 +199,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self._grad_accum_steps = require_int("steps", steps, 1)
 
+    @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every table that has a gradient, or count a micro-batch.
 

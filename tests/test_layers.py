@@ -57,7 +57,9 @@ ALLOWED = {
     | {"initializers", "children", "slices", "hooks", "policies"},
     "state_dicts": LEAVES | {"hash_table"},
     "optimizer_state": LEAVES | {"missed_steps"},
+    "_step_hooks": set(),
     "optim": LEAVES
+    | {"_step_hooks"}
     | {"functional", "missed_steps", "tables", "untouched", "hash_table", "optimizer_state"},
     "checkpoint.plain_state": LEAVES,
     "checkpoint.files": LEAVES,

@@ -377,6 +377,43 @@ def test_hooks_and_profiler_run_around_step(make):
     assert dict(seen) == {"global pre": True, "pre": True, "post": False, "global post": False}
 
 
+@pytest.mark.parametrize("who", ["pre", "post", "global pre", "global post"])
+def test_one_hook_alone_is_called(who):
+    (case, optimizer), seen = single(table_of), []
+    register = {
+        "pre": optimizer.register_step_pre_hook,
+        "post": optimizer.register_step_post_hook,
+        "global pre": torch_optimizer.register_optimizer_step_pre_hook,
+        "global post": torch_optimizer.register_optimizer_step_post_hook,
+    }[who]
+    handle = register(lambda *given: seen.append(given))
+    case.backward()
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert seen == [(optimizer, (optimizer,), {})]
+
+
+def test_a_profiler_alone_is_told():
+    case, optimizer = single(table_of)
+    case.backward()
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#SparseAdamW.step" in {event.key for event in profile.key_averages()}
+
+
+def test_without_hooks_and_profiler_a_step_pays_for_none(monkeypatch):
+    def record(name):
+        raise AssertionError(f"{name} was recorded")
+
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", record)
+    case, optimizer = single(table_of)
+    case.backward()
+    optimizer.step()
+    with torch.autograd.profiler.profile(), pytest.raises(AssertionError, match="#SparseAdamW"):
+        optimizer.step()
+
+
 def test_grad_scaler_with_an_embedding():
     """Gradients scaled by 1024 and unscaled: the very update; infinite ones: no update."""
     case, optimizer = single(embedding_of, dtype=torch.float32)
