@@ -31,7 +31,9 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def either(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return (watched if _is_watched(self) else step)(self, *args, **kwargs)
+        # A subclass's own step, which calls this one, is wrapped by torch: hooks run there.
+        is_outermost = type(self).step is either
+        return (watched if is_outermost and _is_watched(self) else step)(self, *args, **kwargs)
 
     either.hooked = True  # type: ignore[attr-defined]  # torch asks for this before it wraps
     return either

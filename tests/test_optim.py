@@ -394,6 +394,22 @@ def test_one_hook_alone_is_called(who):
     assert seen == [(optimizer, (optimizer,), {})]
 
 
+def test_a_hook_is_called_once_around_a_step_that_calls_the_base_class():
+    class Counting(SparseAdamW):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    case, _ = single(table_of)
+    optimizer, seen = Counting({"again": case.table}), []
+    optimizer.register_step_pre_hook(lambda *given: seen.append(optimizer.steps))
+    case.backward()
+    optimizer.step()
+    assert (seen, optimizer.steps) == ([0], 1)
+
+
 def test_a_profiler_alone_is_told():
     case, optimizer = single(table_of)
     case.backward()
