@@ -12,8 +12,8 @@ has none, with the least that any machine had of each ratio.
 
 Where others use the machine's memory, everybody is slower, and we most, who do nothing but wait for
 memory: three times as slow was seen. A copy tells: a case in whose rounds it ran at less than
-``UNDISTURBED`` of what the baseline has is not judged in this run, and named. (Cases without a copy
-in their rounds, and of runs that are older than this rule, always are.)
+``UNDISTURBED`` of what the baseline has for this CPU is not judged in this run, and named. (Cases
+without a copy in their rounds, and CPUs that the baseline does not know, always are.)
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ QUICK_TOLERANCE = 0.35
 
 #: Share of the baseline's copy bandwidth below which a case is not judged.
 UNDISTURBED = 0.75
+
+#: Exit status where nothing is worse, but no run could judge some case.
+NOT_JUDGED = 3
 
 #: Too slow for enough rounds, and nobody's rival in speed: shown, not compared.
 NOT_COMPARED = ("reference",)
@@ -258,7 +261,11 @@ def _compare_case(
 
 
 def print_comparison(runs: list[Run], baseline: list[Measured]) -> int:
-    """Print what is wrong in all runs, and of the last what is new; returns the exit status."""
+    """Print what is wrong in all runs, and of the last what is new.
+
+    Returns:
+        The exit status: 1 if something is wrong, ``NOT_JUDGED`` if no run could judge a case.
+    """
     selections = {run.environment["selection"] for run in runs}
     if "tiny" in selections:
         raise Unreadable("times of --tiny mean nothing; run make bench")
@@ -266,12 +273,17 @@ def print_comparison(runs: list[Run], baseline: list[Measured]) -> int:
         raise Unreadable(f"runs of {' and '.join(sorted(selections))} are not to be mixed")
     quick = "quick" in selections
     tolerance = QUICK_TOLERANCE if quick else TOLERANCE
-    compared = []
+    compared: list[Comparison] = []
+    notes: list[str] = []
     for run in runs:
-        before = of_cpu(run.environment["cpu"], baseline)
-        compared.append(compare(run.cases, before.cases, quick, tolerance))
-        notes = _other_machine(run, before)
-    for line in [*notes, *compared[-1].told]:
+        cpu = run.environment["cpu"]
+        before = of_cpu(cpu, baseline)
+        cases = before.cases
+        if cpu not in before.cpus():  # where a copy may be as slow without anybody's doing
+            cases = {name: {**case, COPY: 0.0} for name, case in cases.items()}
+        compared.append(compare(run.cases, cases, quick, tolerance))
+        notes += _other_machine(run, before)
+    for line in [*dict.fromkeys(notes), *compared[-1].told]:
         print(line)
     broken = list(dict.fromkeys(line for found in compared for line in found.broken))
     worse: dict[str, str] = {}
@@ -297,7 +309,9 @@ def print_comparison(runs: list[Run], baseline: list[Measured]) -> int:
     print(
         f"benchmarks: {runs_of}{count} ratios, falls of {100 * tolerance:.0f}% allowed: {verdict}"
     )
-    return 1 if lines else 0
+    if lines:
+        return 1
+    return NOT_JUDGED if never else 0
 
 
 def _other_machine(run: Run, before: Measured) -> list[str]:
@@ -307,8 +321,8 @@ def _other_machine(run: Run, before: Measured) -> list[str]:
     if before.cpus() != {cpu}:
         others = ", ".join(sorted(before.cpus()))
         notes.append(
-            f"note: the baseline has no run on {cpu}; compared with the least of each ratio on "
-            f"{others}"
+            f"note: the baseline has no run of its own on {cpu}; compared with the least of each "
+            f"ratio on {others}"
         )
     for key in ("cores", "threads"):
         known = list(dict.fromkeys(str(x.get(key)) for x in before.environments))

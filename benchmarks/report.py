@@ -5,7 +5,8 @@
     python benchmarks/report.py bench-results/all.json [more.json ...] --write-baseline
 
 Exit status: 1 if a case is worse by more than it may, or a case or ratio is gone; 2 if a file
-cannot be read. ``baseline.py`` says what is compared.
+cannot be read; 3 if others used the memory so that a case could not be judged. ``baseline.py`` says
+what is compared.
 """
 
 from __future__ import annotations

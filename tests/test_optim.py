@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 
@@ -394,20 +395,59 @@ def test_one_hook_alone_is_called(who):
     assert seen == [(optimizer, (optimizer,), {})]
 
 
-def test_a_hook_is_called_once_around_a_step_that_calls_the_base_class():
-    class Counting(SparseAdamW):
-        steps = 0
+class Calling(SparseAdamW):
+    """A step of its own, which calls the base class's."""
 
-        def step(self, closure=None):
-            self.steps += 1
-            return super().step(closure)
+    def step(self, closure=None):
+        return super().step(closure)
 
+
+class Wrapping(SparseAdamW):
+    """The same with the attributes of the base class's step, of which torch reads one."""
+
+    @functools.wraps(SparseAdamW.step)
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Decorated(SparseAdamW):
+    step = torch.no_grad()(SparseAdamW.step)
+
+
+@pytest.mark.parametrize("cls", [SparseAdamW, Calling, Wrapping, Decorated])
+@pytest.mark.parametrize("closure", [None, lambda: 3])
+def test_hooks_are_called_once_whatever_a_subclass_makes_of_step(cls, closure):
     case, _ = single(table_of)
-    optimizer, seen = Counting({"again": case.table}), []
-    optimizer.register_step_pre_hook(lambda *given: seen.append(optimizer.steps))
+    optimizer, seen = cls({"again": case.table}), []
+    optimizer.register_step_pre_hook(lambda *given: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *given: seen.append("post"))
     case.backward()
-    optimizer.step()
-    assert (seen, optimizer.steps) == ([0], 1)
+    assert optimizer.step(closure) == (closure and 3)
+    assert seen == ["pre", "post"]
+
+
+def test_a_hook_that_a_closure_registers_is_called():
+    (case, optimizer), seen = single(table_of), []
+    case.backward()
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *given: seen.append(given)))
+    assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_a_hook_that_comes_after_a_compiled_step_is_called():
+    case, optimizer = single(table_of)
+    seen = []
+
+    @torch.compile(backend="eager")
+    def step():
+        optimizer.step()
+
+    case.backward()
+    step()
+    optimizer.register_step_pre_hook(lambda *given: seen.append("pre"))
+    step()
+    assert seen == ["pre"]
+    assert optimizer.state_dict()["state"]["table"]["step"] == 2
 
 
 def test_a_profiler_alone_is_told():

@@ -207,7 +207,7 @@ def test_a_case_is_not_judged_where_a_copy_was_slower_too(compare):
     slow = a_case(ratio=2.0, percent=20.0)
     disturbed = {**slow, "copy_GB_per_s": 18.0}  # of 25
     status, said = compare([disturbed], [a_case()])
-    assert (status, "WORSE" in said) == (0, False)
+    assert (status, "WORSE" in said) == (3, False)
     assert "not judged: D64-uniform: others used the memory: a copy ran at 18.0 GB/s" in said
     assert "allowed: none fell by more; cases that no run could judge: 1" in said
     assert compare([{**slow, "copy_GB_per_s": 19.0}], [a_case()])[0] == 1
@@ -222,6 +222,14 @@ def test_a_run_that_judges_nothing_does_not_acquit(compare, disturbed_first):
     assert status == 1
     assert "WORSE: D64-uniform: -60%" in said
     assert compare([a_case()], [a_case()], "quick", earlier=[earlier, now])[0] == 0
+
+
+@pytest.mark.parametrize(("cpu", "status"), [("Known", 3), ("Unknown", 1)])
+def test_how_slow_a_copy_is_says_nothing_on_a_cpu_that_is_not_known(write, tmp_path, cpu, status):
+    write(("Known", [a_case()]))
+    run = [{**a_case(ratio=2.0, percent=20.0), "copy_GB_per_s": 10.0}]
+    path = str(save(tmp_path / "run.json", run, cpu=cpu))
+    assert report.main([path, "--compare", "--baseline", str(tmp_path / "baseline.json")]) == status
 
 
 def test_a_copy_on_other_cpus_disturbs_nothing(write):
@@ -345,7 +353,9 @@ def test_another_machine_is_said(write, tmp_path, capsys):
     run = str(save(tmp_path / "run.json", [a_case()]))
     report.main([run, "--compare", "--baseline", str(tmp_path / "baseline.json")])
     said = capsys.readouterr().out
-    assert "no run on A CPU; compared with the least of each ratio on Another CPU" in said
+    assert (
+        "no run of its own on A CPU; compared with the least of each ratio on Another CPU" in said
+    )
     assert "note: threads was 8, here it is 2" in said
 
 
