@@ -4,7 +4,7 @@
 
 First kernels, each by the call that hands out its parts and waits for them, and what is left, which
 is Python, beside the floor; each step follows a copy and a pause. Then, where a step has little
-else to do, functions of the host, with what they call.
+else to do, functions of the host, with what they call, kernels as well.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ from cupy_sparse_adamw.embedding_table import EmbeddingTable
 
 ROUNDS, WARMUP = 40, 6
 CPU = "cupy_sparse_adamw.engines.cpu."
+#: Who hands out the parts of kernels, which come first among the arguments.
+KERNELS = [
+    ("segment", "parallel_for"),
+    ("sums", "parallel_for"),
+    ("index", "parallel_for"),
+    ("adamw", "run_parts"),
+]
 HOST = [
     (SparseOptimizer, "_update"),
     (SparseOptimizer, "_settings_of"),
     (SparseOptimizer, "_named_tables"),
     (EmbeddingTable, "pending"),
     (functional, "segment"),
-    (importlib.import_module(CPU + "segment"), "parallel_for"),
     (SparseOptimizer, "_update_of"),
     (SparseAdamW, "_prepare_updates"),
-    (importlib.import_module(CPU + "adamw"), "run_parts"),
 ]
 
 #: What was clocked -> seconds in this step.
@@ -59,14 +64,6 @@ def clock(owner: Any, name: str, label: Callable[..., str]) -> None:
             seconds[label(*args)] += time.perf_counter() - begin
 
     setattr(owner, name, staticmethod(clocked) if static else clocked)
-
-
-def clock_kernels() -> None:
-    """Have each kernel's calls counted under its name."""
-    for module in map(importlib.import_module, (CPU + m for m in ("segment", "sums", "index"))):
-        clock(module, "parallel_for", lambda kernel, *_: kernel.__name__)
-    adamw = importlib.import_module(CPU + "adamw")
-    clock(adamw, "run_parts", lambda kernel, *_: kernel.__name__)
 
 
 def medians(timed: Any, before: Callable[[], object]) -> dict[str, float]:
@@ -103,7 +100,8 @@ def main() -> None:
         copies.append(time.perf_counter() - begin)
         timing.settle(timing.SETTLE_S)
 
-    clock_kernels()
+    for module, name in KERNELS:
+        clock(importlib.import_module(CPU + module), name, lambda kernel, *_: kernel.__name__)
     for case in CASES:
         work = Workload(case)
         ours = Ours(work)

@@ -123,7 +123,8 @@ class Race:
         #: name -> round -> seconds, without the warm-up
         self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
         self.others = 0.0  # the share of the busy CPU time that was not this process's
-        #: name -> seconds, in the warm-up or, of who is too slow for that, before it
+        #: name -> seconds, in the warm-up or, of who is too slow for that, before it; of who may
+        #: take part in fewer rounds
         self.fastest = {
             name: taken
             for name, taken in known.items()
@@ -133,8 +134,6 @@ class Race:
 
     def every(self, name: str) -> int:
         """A rival takes part in every k-th round, by its fastest step of the warm-up."""
-        if name in self.always:
-            return 1
         for limit, fewer in FEWER_ROUNDS.items():
             if self.fastest.get(name, 0.0) > limit:
                 return math.ceil(self.rounds / fewer)
@@ -146,8 +145,7 @@ class Race:
         self.turn += 1
         first = turn % max(len(self.rivals), 1)
         for rival in self.rivals[first:] + self.rivals[:first]:
-            slow = self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S
-            if turn < 0 and slow and rival.name not in self.always:
+            if turn < 0 and self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S:
                 continue
             if turn >= 0 and turn % self.every(rival.name) != 0:
                 continue
@@ -158,7 +156,7 @@ class Race:
             seconds = time.perf_counter() - begin
             if turn >= 0:
                 self.seconds[rival.name][turn] = seconds
-            else:
+            elif rival.name not in self.always:
                 self.fastest[rival.name] = min(seconds, self.fastest.get(rival.name, seconds))
         self.ours.load(loaded)
         self.before()

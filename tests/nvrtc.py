@@ -200,10 +200,9 @@ def num_instructions(cubin: bytes) -> dict[str, int]:
 
     A kernel's code is the section ".text.<kernel>" of an ELF file (System V ABI, "Sections").
     """
-    sections = struct.unpack_from("<Q", cubin, 40)[0]  # e_shoff
-    size, number, of_names = struct.unpack_from(
-        "<3H", cubin, 58
-    )  # e_shentsize, e_shnum, e_shstrndx
+    # e_shoff; e_shentsize, e_shnum, e_shstrndx
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, number, of_names = struct.unpack_from("<3H", cubin, 58)
 
     def section(index: int) -> tuple[int, bytes]:
         """Where its name begins among the names, and its content."""
