@@ -40,7 +40,7 @@ UNDISTURBED = 0.75
 #: Exit status where nothing is worse, but no run could judge some case.
 NOT_JUDGED = 3
 
-#: Too slow for enough rounds, and nobody's rival in speed: shown, not compared.
+#: Made to be read, not to be fast: shown, not compared.
 NOT_COMPARED = ("reference",)
 
 

@@ -14,7 +14,6 @@ import pytest
 import timing
 import torch
 from cases import CHECKED, SETS, Case, Workload
-from goals import rivals_in_goals
 from rivals import RIVALS, Contender, GatherScatter, Ours, SparseAdam, enter
 
 #: Of the memory that is free when a case begins, what its tables may take.
@@ -150,16 +149,7 @@ def run_case(
         ours, rivals = built[0], list[Contender](built[1:])
         work.release()
         if cold:
-            known = {rival.name: rival.seconds for rival in rivals}
-            race = timing.Race(
-                ours,
-                [copy, *rivals],
-                rounds,
-                warmup=SETS - CHECKED,
-                met=CHECKED,
-                known=known,
-                always=rivals_in_goals(case.name),
-            )
+            race = timing.Race(ours, [copy, *rivals], rounds, warmup=SETS - CHECKED, met=CHECKED)
         else:  # too short for a floor, and nothing in it spins; so short that many rounds are cheap
             race = timing.Race(ours, rivals, 10 * rounds, wait=0.0)
         seconds = race.run(benchmark)

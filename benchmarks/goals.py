@@ -48,11 +48,6 @@ def _at_most(what: str, case: str, figure: str, limit: float, unit: str = "×") 
     return Goal(what, case, ("figures", figure), limit, True, unit)
 
 
-def rivals_in_goals(case: str) -> set[str]:
-    """Rivals of a case whose ratio is a goal."""
-    return {goal.figure[1] for goal in GOALS if goal.case == case and goal.figure[0] == "rivals"}
-
-
 _MEMORY = "bytes a gradient row beyond 1 MiB"
 
 GOALS = [
@@ -131,11 +126,11 @@ GOALS = [
         )
         for beta1 in (0.9, 0.95, 0.99)
     ),
-    _at_most("first step, warm disk cache", "first-step-warm", "first step s", 2, "s"),
-    _at_most("first step, no cache", "first-step-cold", "first step s", 20, "s"),
+    _at_most("first step, warm disk cache", "first-step", "warm, s", 2, "s"),
+    _at_most("first step, no cache", "first-step", "no cache, s", 20, "s"),
     Goal(
         "first step, no cache: lines that say it compiles",
-        "first-step-cold",
+        "first-step",
         ("figures", "lines that say it compiles"),
         1,
         unit="",

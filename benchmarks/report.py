@@ -53,10 +53,10 @@ def table(cases: Cases) -> str:
         )
         for column in columns:
             rival = figures["rivals"].get(column)
-            row.append(_cell(rival, figures["rounds"]) if rival else "-")
+            row.append(_cell(rival) if rival else "-")
         rows.append(row)
         others = [
-            f"{other} {_cell(rival, figures['rounds'])}"
+            f"{other} {_cell(rival)}"
             for other, rival in figures["rivals"].items()
             if other not in columns
         ]
@@ -73,9 +73,8 @@ def table(cases: Cases) -> str:
     return "\n".join([*lines, *_aligned(rows), "", *notes])
 
 
-def _cell(rival: dict[str, Any], all_rounds: int) -> str:
-    rounds = f", {rival['rounds']} rounds" if rival["rounds"] != all_rounds else ""
-    return f"{rival['ms']:.3g} ({rival['ratio']:.2f}×{rounds})"
+def _cell(rival: dict[str, Any]) -> str:
+    return f"{rival['ms']:.3g} ({rival['ratio']:.2f}×)"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -157,7 +156,7 @@ SETTINGS = {
     "touched rows": "D = 16, table of 2^21 rows",
     "table rows": "D = 8, 65,536 uniform ids",
     "tables": "D = 16, 19,200 ids in all, 1M rows in all",
-    "Zipf exponent": "D = 64, 65,536 ids, table of 2^20 rows",
+    "Zipf exponent": "D = 64, 65,536 ids, table of 2^18 rows",
 }
 
 

@@ -34,7 +34,7 @@ TOUCHED = sweep(
     "touched rows",
     [
         (n, Case(f"touched-{n}", dim=16, count=n, rows=1 << 21, distinct=True))
-        for n in (1_000, 10_000, 100_000, 300_000, 1_000_000)
+        for n in (1_000, 10_000, 100_000, 1_000_000)
     ],
 )
 SIZES = sweep(
@@ -48,15 +48,14 @@ TABLES = sweep(
     "tables",
     [
         (tables, Case(f"tables-{tables}", 16, 19_200 // tables, 1_048_800 // tables, tables))
-        for tables in (1, 10, 100, 300, 1200)
+        for tables in (1, 100, 300, 1200)
     ],
 )
-#: α = 0 is the first of CASES.
 DUPLICATES = sweep(
     "Zipf exponent",
     [
-        (alpha, Case(f"zipf-{alpha}", dim=64, count=65_536, zipf=alpha))
-        for alpha in (0.8, 1.0, 1.2, 1.5)
+        (alpha, Case(f"zipf-{alpha}", dim=64, count=65_536, rows=1 << 18, zipf=alpha))
+        for alpha in (0.0, 0.8, 1.2, 1.5)
     ],
 )
 
@@ -69,7 +68,7 @@ DUPLICATES = sweep(
     ],
 )
 def test_step(run_case, case):
-    run_case(case, sweep=("Zipf exponent", 0.0) if case is CASES[0] else None)
+    run_case(case)
 
 
 @pytest.mark.parametrize(("case", "axis", "x"), [*TOUCHED, *SIZES, *TABLES, *DUPLICATES])
@@ -175,7 +174,7 @@ def test_many_tables(benchmark, request, shrink, rounds):
             host[who.name].append(seconds - clock.seconds)
     name = many_tables.name
     figures["figures"] = {
-        "engine, of one table": timing.ratio(dict(enumerate(engine[name])), engine["one table"])[0],
+        "engine, of one table": timing.ratio(engine[name], engine["one table"])[0],
         "engine ms": 1e3 * statistics.median(engine[name]),
         "engine ms, one table": 1e3 * statistics.median(engine["one table"]),
         "host µs a table": 1e6 * statistics.median(host[name]) / many.tables,

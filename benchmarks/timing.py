@@ -12,9 +12,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -23,11 +22,6 @@ import torch
 from cupy_sparse_adamw import functional
 
 ROUNDS = 20
-#: A rival slower than so many seconds takes part in so many rounds; the report shows how many. In
-#: every 20th, 7th and 5th then, so that it does not meet one gradient set alone.
-FEWER_ROUNDS = {1.0: 1, 0.5: 3, 0.15: 4}
-#: One slower than this is not warmed up again, nor at all if a step before the race took so long.
-ONE_WARMUP_S, NO_WARMUP_S = 0.15, 0.5
 #: Seconds of waiting before each timed call. An OpenMP thread of torch spins for up to 10 ms after
 #: an operation; whoever comes next is not to pay for it. (A wait that sleeps instead would let the
 #: scheduler put both threads of the next step on one core.)
@@ -98,8 +92,6 @@ class Race:
         rounds: how many rounds count.
         warmup: rounds before those; with ``met`` as many as there are gradient sets.
         met: gradient sets that everybody has met.
-        known: rival -> seconds of a step that it has done, if it has.
-        always: rivals that take part in every round, however slow.
         wait: seconds of ``settle`` before each timed call.
         before: called right before each of our steps instead of settling.
     """
@@ -111,33 +103,16 @@ class Race:
         rounds: int = ROUNDS,
         warmup: int = 4,
         met: int = 0,
-        known: Mapping[str, float] = MappingProxyType({}),
-        always: Collection[str] = (),
         wait: float = SETTLE_S,
         before: Callable[[], object] | None = None,
     ) -> None:
         self.ours, self.rivals = ours, list(rivals)
         self.rounds, self.warmup, self.met, self.wait = rounds, warmup, met, wait
-        self.always = always
         self.before = before or (lambda: settle(wait))
-        #: name -> round -> seconds, without the warm-up
-        self.seconds: dict[str, dict[int, float]] = {rival.name: {} for rival in rivals}
+        #: name -> seconds of each round, without the warm-up
+        self.seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
         self.others = 0.0  # the share of the busy CPU time that was not this process's
-        #: name -> seconds, in the warm-up or, of who is too slow for that, before it; of who may
-        #: take part in fewer rounds
-        self.fastest = {
-            name: taken
-            for name, taken in known.items()
-            if taken > NO_WARMUP_S and name not in always
-        }
         self.turn = -warmup
-
-    def every(self, name: str) -> int:
-        """A rival takes part in every k-th round, by its fastest step of the warm-up."""
-        for limit, fewer in FEWER_ROUNDS.items():
-            if self.fastest.get(name, 0.0) > limit:
-                return math.ceil(self.rounds / fewer)
-        return 1
 
     def time_rivals(self) -> None:
         """One round of all but us, beginning with another one each time; then load ours."""
@@ -145,19 +120,13 @@ class Race:
         self.turn += 1
         first = turn % max(len(self.rivals), 1)
         for rival in self.rivals[first:] + self.rivals[:first]:
-            if turn < 0 and self.fastest.get(rival.name, 0.0) > ONE_WARMUP_S:
-                continue
-            if turn >= 0 and turn % self.every(rival.name) != 0:
-                continue
             rival.load(loaded)
             settle(self.wait)
             begin = time.perf_counter()
             rival.step()
             seconds = time.perf_counter() - begin
             if turn >= 0:
-                self.seconds[rival.name][turn] = seconds
-            elif rival.name not in self.always:
-                self.fastest[rival.name] = min(seconds, self.fastest.get(rival.name, seconds))
+                self.seconds[rival.name].append(seconds)
         self.ours.load(loaded)
         self.before()
 
@@ -172,16 +141,14 @@ class Race:
         return list(benchmark.stats.stats.data)
 
 
-def ratio(theirs: dict[int, float], ours: Sequence[float]) -> tuple[float, float]:
-    """Their time over ours: the median of the rounds that both ran, and its quartiles' distance.
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float]:
+    """Their time over ours: the median of the rounds' ratios, and its quartiles' distance.
 
     Args:
-        theirs: round -> seconds.
-        ours: seconds of every round.
+        theirs: seconds of each round, two or more.
+        ours: the same of ours.
     """
-    ratios = sorted(seconds / ours[turn] for turn, seconds in theirs.items())
-    if len(ratios) < 2:
-        return ratios[0], 0.0
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return statistics.median(ratios), high - low
 
@@ -194,14 +161,13 @@ def summary(race: Race, ours: Sequence[float], floor: float | None = None) -> di
     """
     result: dict[str, Any] = {
         "ours_ms": 1e3 * statistics.median(ours),
-        "rounds": race.rounds,
         "others": race.others,
         "rivals": {},
     }
     for name, theirs in race.seconds.items():
         middle, spread = ratio(theirs, ours)
         if name == Copy.name:
-            copy_s = statistics.median(theirs.values())
+            copy_s = statistics.median(theirs)
             result["copy_GB_per_s"] = COPY_BYTES / copy_s / 1e9
             if floor is not None:
                 result["floor"] = {
@@ -213,10 +179,9 @@ def summary(race: Race, ours: Sequence[float], floor: float | None = None) -> di
                 }
         else:
             result["rivals"][name] = {
-                "ms": 1e3 * statistics.median(theirs.values()),
+                "ms": 1e3 * statistics.median(theirs),
                 "ratio": middle,
                 "spread": spread / middle,
-                "rounds": len(theirs),
             }
     return result
 

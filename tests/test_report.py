@@ -24,9 +24,8 @@ def a_case(name="D64-uniform", ratio=5.0, percent=50.0, quick=True, **more):
         "case": name,
         "quick": quick,
         "not_timed": {},
-        "rounds": 20,
         "ours_ms": 8.0,
-        "rivals": {"SparseAdam": {"ms": 8.0 * ratio, "ratio": ratio, "spread": 0.1, "rounds": 20}},
+        "rivals": {"SparseAdam": {"ms": 8.0 * ratio, "ratio": ratio, "spread": 0.1}},
         "floor": {
             "bytes": 1e8,
             "ms": 8.0 * percent / 100,
@@ -337,7 +336,7 @@ def test_a_rival_that_vanished_is_named_with_the_reason(compare):
 def test_new_cases_and_ratios_are_listed(compare):
     rivals_now = {
         **a_case()["rivals"],
-        "new one": {"ms": 1.0, "ratio": 2.0, "spread": 0, "rounds": 5},
+        "new one": {"ms": 1.0, "ratio": 2.0, "spread": 0},
     }
     status, said = compare([a_case(rivals=rivals_now), a_case("brand-new")], [a_case()])
     assert status == 0
@@ -427,17 +426,17 @@ def test_the_committed_baseline_is_one():
 
 def test_the_table_has_everybodys_time_and_ratio(tmp_path, capsys):
     others = {
-        "SparseAdam": {"ms": 40.0, "ratio": 5.1, "spread": 0.1, "rounds": 20},
-        "reference": {"ms": 200.0, "ratio": 25.0, "spread": 0.1, "rounds": 5},
+        "SparseAdam": {"ms": 40.0, "ratio": 5.1, "spread": 0.1},
+        "reference": {"ms": 200.0, "ratio": 25.0, "spread": 0.1},
     }
     once = a_case("hot-id", not_timed={"FBGEMM": "it is not installed"})
-    once["rivals"] = {"without it": {"ms": 7.0, "ratio": 0.9, "spread": 0.1, "rounds": 20}}
+    once["rivals"] = {"without it": {"ms": 7.0, "ratio": 0.9, "spread": 0.1}}
     run = save(tmp_path / "run.json", [a_case(rivals=others), a_case("other", rivals=others), once])
     assert report.main([str(run)]) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("D64-uniform"))
     assert line.split("  ")[0] == "D64-uniform"
-    for cell in ("8", "50%", "12.5", "25.0", "40 (5.10×)", "200 (25.00×, 5 rounds)"):
+    for cell in ("8", "50%", "12.5", "25.0", "40 (5.10×)", "200 (25.00×)"):
         assert f"  {cell}" in line
     assert "hot-id: without it 7 (0.90×)" in said
     assert "hot-id: FBGEMM not timed: it is not installed" in said

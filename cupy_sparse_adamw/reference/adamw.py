@@ -10,7 +10,7 @@ import torch
 from .._checks import row_error
 from .._slots import Slot
 from .._types import MISSING, MOMENT_DTYPE, Pending, Update
-from .blocks import gather, scatter_
+from .blocks import gather, writes_of
 from .untouched import caught_up
 
 
@@ -64,14 +64,15 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
         A function that writes the rows and advances each table's t.
     """
     writes = [
-        (slot, rows, values)
+        write
         for update, rows, sums in zip(updates, segments.rows, segments.sums, strict=True)
         for slot, values in _updated(update, rows, sums)
+        for write in writes_of(slot, rows, values)
     ]
 
     def apply() -> None:
-        for slot, rows, values in writes:
-            scatter_(slot, rows, values.to(slot.dtype))
+        for write in writes:
+            write.do()
         for update in updates:
             update.step.add_(1)
 

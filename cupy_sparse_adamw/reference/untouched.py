@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .._types import MISSING, MOMENT_DTYPE, RULE_CHUNK, RULE_NODES, Lagging, Missed
-from .blocks import gather, scatter_
+from .blocks import gather, writes_of
 
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # param, exp_avg, exp_avg_sq, each [n, D]
 
@@ -139,12 +139,13 @@ def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
     last_step = gather(lagging.last_step, rows)
     rows = rows[last_step.flatten() < lagging.missed.t]
     param, exp_avg, exp_avg_sq = _current(lagging, rows)
-    scatter_(lagging.param, rows, param.to(lagging.param.dtype))
+    now = torch.full((rows.numel(), 1), lagging.missed.t, device=rows.device)
+    current = [(lagging.param, param), (lagging.last_step, now)]
     if lagging.untouched != "decay":
-        scatter_(lagging.exp_avg, rows, exp_avg)
-        scatter_(lagging.exp_avg_sq, rows, exp_avg_sq)
-    now = torch.full((rows.numel(), 1), lagging.missed.t, dtype=torch.int32, device=rows.device)
-    scatter_(lagging.last_step, rows, now)
+        current += [(lagging.exp_avg, exp_avg), (lagging.exp_avg_sq, exp_avg_sq)]
+    writes = [write for slot, values in current for write in writes_of(slot, rows, values)]
+    for write in writes:  # all of them or none: nothing here can fail
+        write.do()
 
 
 def prepare_extend_rules(
