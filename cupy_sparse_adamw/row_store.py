@@ -347,7 +347,7 @@ class RowStore:
         self.require_no_capture()
         if self.is_copy_in_worker():
             rows = self.find(ids)
-            if bool((rows == MISSING).any()):
+            if _absent(ids, rows).numel():
                 raise RuntimeError(
                     "a lookup in training mode would give new ids their rows in a DataLoader's "
                     "worker, whose table is a copy: they would be lost; call table.eval() in the "
@@ -360,7 +360,7 @@ class RowStore:
                 if self._has_room(known().plus(count)):
                     return self._insert(ids, count)
             rows = self.find(ids)
-            distinct = ids[rows == MISSING].unique().numel()  # duplicates take no memory
+            distinct = _absent(ids, rows).unique().numel()  # duplicates take no memory
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
             self._make_room(bound.at_most().plus(distinct + spare))
             return self._insert(ids, distinct) if distinct else rows
@@ -697,6 +697,17 @@ class RowStore:
         with functional.uninterrupted():
             self.slots, self.ids_by_row, self._index = slots, ids_by_row, index
             self._bound, self.saved_rows = bound, None
+
+
+def _absent(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Those of ids [N] whose row is ``MISSING``, [n] int64.
+
+    On the CPU by NumPy: torch would share the work among its threads, which then spin for
+    milliseconds on the cores that the gather behind this wants.
+    """
+    if ids.device.type != "cpu":
+        return ids[rows == MISSING]
+    return torch.from_numpy(ids.numpy()[rows.numpy() == MISSING])
 
 
 def _capacity_for(rows: int) -> int:

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from oracle import DTYPES, Oracle, bits, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cupy_sparse_adamw import (
     AdmitHook,
@@ -18,6 +19,7 @@ from cupy_sparse_adamw import (
     UniformInitializer,
     XavierNormalInitializer,
     filter_out_sparse_param,
+    functional,
 )
 from cupy_sparse_adamw.row_store import MAX_LOAD
 
@@ -698,6 +700,46 @@ def test_lookups_from_several_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("untouched", ["skip", "decay", "dense"])
+@pytest.mark.parametrize("share_new", [0.0, 0.5])
+def test_training_leaves_torchs_threads_asleep(untouched, share_new):
+    """They would spin for milliseconds on the cores that the next kernel wants.
+
+    torch shares an operation among them from 32,768 elements on. Only memory for new rows is
+    cleared by it.
+    """
+    known, count = 40_960, 40_000  # whole blocks: there is no room for a batch more
+    table = HashTable([2])
+    optimizer = SparseAdamW({"table": table}, untouched=untouched)
+    with functional.use_engine("cpu"):
+        table(torch.arange(known)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ids, grad = torch.arange(count) + int(share_new * count), torch.ones(count, 2)
+        with SharedWork() as shared:
+            table(ids).backward(grad)
+            optimizer.step()
+        assert len(table.embeddings()) == max(known, int(ids[-1]) + 1)
+    assert set(shared.names) == (
+        {"aten.zero_.default", "aten.full.default"} if share_new else set()
+    )
+
+
+class SharedWork(TorchDispatchMode):
+    """Notes torch's operations on many elements, but for those that only allocate or make views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in (*args, result) if isinstance(x, torch.Tensor)]
+        if max(sizes, default=0) >= 32_768 and not (func.is_view or "empty" in str(func)):
+            self.names.append(str(func))
+        return result
 
 
 # ---------------------------------------------------------------------- nothing to update

@@ -128,10 +128,13 @@ def _delete(entries, ids, rows, counters, free_rows):  # type: ignore[no-untyped
 
 @jit
 def _insert_absent(entries, ids, new_rows, rows, new_ids):  # type: ignore[no-untyped-def]
-    """Give ids that are absent the next of ``new_rows``; returns how many got one."""
+    """Give ids without a row the next of ``new_rows``; returns how many got one."""
     inserted = 0
     for i in range(ids.size):
-        _prefetch_home(entries, ids, i + AHEAD)
+        if i + AHEAD < ids.size and rows[i + AHEAD] == MISSING:
+            _prefetch_home(entries, ids, i + AHEAD)
+        if rows[i] != MISSING:
+            continue
         entry = _entry_of(entries, ids[i])
         if entries[entry, 1] < 0:
             entries[entry, 0] = ids[i]
@@ -253,19 +256,14 @@ def find_or_insert_(
     rows, num_absent = _find_all(index.entries, ids)
     if not num_absent:
         return rows
-    absent = rows == MISSING
-    ids = ids[absent]
-    new_rows = index.next_rows(ids.numel())
-    found, new_ids = torch.empty_like(ids), torch.empty_like(ids)
-    arrays = map(array_of, (index.entries, ids, new_rows, found, new_ids))
-    inserted = _insert_absent(*arrays)
+    new_rows, new_ids = index.next_rows(num_absent), torch.empty_like(ids[:num_absent])
+    inserted = _insert_absent(*map(array_of, (index.entries, ids, new_rows, rows, new_ids)))
     new_rows, new_ids = new_rows[:inserted], new_ids[:inserted]
     scatter_(ids_by_row, new_rows, new_ids[:, None])
     if last_step is not None:
         scatter_(last_step, new_rows, torch.full_like(new_ids[:, None], now, dtype=torch.int32))
     init_rows_(embedding, new_rows, new_ids, seed, distribution)
     index.take_rows(inserted)
-    rows[absent] = found
     return rows
 
 
