@@ -150,7 +150,7 @@ def run_case(
         work.release()
         if cold:
             race = timing.Race(ours, [copy, *rivals], rounds, warmup=SETS - CHECKED, met=CHECKED)
-        else:  # too short for a floor, and nothing in it spins; so short that many rounds are cheap
+        else:  # too short for a floor, and on one thread; so short that many rounds are cheap
             race = timing.Race(ours, rivals, 10 * rounds, wait=0.0)
         seconds = race.run(benchmark)
         note(benchmark, request, case.name, timing.summary(race, seconds, work.floor), missing)

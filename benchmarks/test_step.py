@@ -86,7 +86,7 @@ def test_after_backward(benchmark, request, copy, shrink, rounds):
     """The step right after one of torch's parallel operations, whose threads still spin."""
     x, y = torch.zeros(1 << 20), torch.ones(1 << 20)
     work = Workload(shrink(Case("after-torch-op", dim=64, count=65_536)))
-    (ours, rested, theirs), _ = enter(work, (Ours, Rested, SparseAdam), free_memory())
+    (ours, rested, theirs), _ = enter(work, (Ours, Rested, RestedSparseAdam), free_memory())
     race = timing.Race(ours, [copy, rested, theirs], rounds=rounds, before=lambda: x.add_(y))
     seconds = race.run(benchmark)
     figures = timing.summary(race, seconds, work.floor)
@@ -98,12 +98,16 @@ class Rested(Ours):
     name = "the same at rest"
 
 
-class Scaled:
-    """Us on another workload."""
+class RestedSparseAdam(SparseAdam):
+    name = "SparseAdam at rest"
 
-    def __init__(self, name, case):
+
+class Scaled:
+    """Us, or a rival, on another workload."""
+
+    def __init__(self, name, case, kind=Ours):
         self.name, self.case = name, case
-        (self.ours,), _ = enter(Workload(case), (Ours,), free_memory())
+        (self.ours,), _ = enter(Workload(case), (kind,), free_memory())
         self.ours.work.release()
         self.load, self.step = self.ours.load, self.ours.step
 
@@ -157,9 +161,11 @@ def test_many_tables(benchmark, request, shrink, rounds):
     many = shrink(Case("300 tables", dim=16, count=64, rows=3496, tables=300))
     one = many._replace(count=many.count * many.tables, rows=many.rows * many.tables, tables=1)
     many_tables, one_table = Scaled("300 tables", many), Scaled("one table", one)
-    race = timing.Race(many_tables, [one_table], rounds=rounds)
+    theirs = Scaled(SparseAdam.name, many, SparseAdam)
+    race = timing.Race(many_tables, [one_table, theirs], rounds=rounds)
     seconds = race.run(benchmark)
     figures = timing.summary(race, seconds)
+    del figures["rivals"][one_table.name]  # ourselves: nothing to compare with the baseline
     # In rounds of their own, since the clock itself takes time.
     clock, engine, host = timing.EngineClock(), defaultdict(list), defaultdict(list)
     for turn in range(3 * rounds):

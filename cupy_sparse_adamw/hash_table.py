@@ -24,7 +24,7 @@ from .hooks import (
 from .initializers import ConstantInitializer, Initializer, require_fits
 from .lookup_grads import LookupGrads
 from .policies import ReadOnlyHookImpl, updates_whole
-from .row_store import EMBEDDING, OPTIMIZER_SLOTS, FoundRows, RowStore, SlotGroup
+from .row_store import EMBEDDING, OPTIMIZER_SLOTS, FoundRows, RowStore, SlotGroup, absent_ids
 from .row_table import RowTable
 from .slices import Slice, gen_slice
 from .tables import bring_up_to_date, rows_are_apart
@@ -302,7 +302,7 @@ class HashTable(torch.nn.Module, RowTable):
         # Hooks must see the new ids first: this waits for the device.
         store.require_no_capture()
         rows = store.find(ids)
-        new = ids[rows == MISSING]
+        new = absent_ids(ids, rows)
         if not new.numel():
             return rows
         new, counts = new.unique(return_counts=True)

@@ -347,7 +347,7 @@ class RowStore:
         self.require_no_capture()
         if self.is_copy_in_worker():
             rows = self.find(ids)
-            if _absent(ids, rows).numel():
+            if absent_ids(ids, rows).numel():
                 raise RuntimeError(
                     "a lookup in training mode would give new ids their rows in a DataLoader's "
                     "worker, whose table is a copy: they would be lost; call table.eval() in the "
@@ -360,7 +360,7 @@ class RowStore:
                 if self._has_room(known().plus(count)):
                     return self._insert(ids, count)
             rows = self.find(ids)
-            distinct = _absent(ids, rows).unique().numel()  # duplicates take no memory
+            distinct = absent_ids(ids, rows).unique().numel()  # duplicates take no memory
             spare = SPARE_BATCHES * count if bound.reading_waits() else 0
             self._make_room(bound.at_most().plus(distinct + spare))
             return self._insert(ids, distinct) if distinct else rows
@@ -699,7 +699,7 @@ class RowStore:
             self._bound, self.saved_rows = bound, None
 
 
-def _absent(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def absent_ids(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Those of ids [N] whose row is ``MISSING``, [n] int64.
 
     On the CPU by NumPy: torch would share the work among its threads, which then spin for

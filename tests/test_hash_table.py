@@ -707,8 +707,8 @@ def test_lookups_from_several_threads():
 def test_training_leaves_torchs_threads_asleep(untouched, share_new):
     """They would spin for milliseconds on the cores that the next kernel wants.
 
-    torch shares an operation among them from 32,768 elements on. Only memory for new rows is
-    cleared by it.
+    torch shares an operation among them from 32,768 elements on: here memory that is cleared for
+    new rows. (More new ids than that, and hooks, wake them as well.)
     """
     known, count = 40_960, 40_000  # whole blocks: there is no room for a batch more
     table = HashTable([2])

@@ -8,19 +8,21 @@ from typing import NamedTuple
 import torch
 
 from .._slots import Slot
+from .._types import MISSING
 
 
 def by_block(
     slot: Slot, rows: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each block [block_size, D], which of ``rows`` [N] lie in it (bool [N]), and where in it.
+    """Each block [block_size, D] with some of ``rows`` [N], which (bool [N]), and where in it.
 
     ``MISSING`` lies in none.
     """
+    blocks = slot.values()
     block_of = rows.div(slot.block_size(), rounding_mode="floor")
-    for number, block in enumerate(slot.values()):
+    for number in block_of[rows != MISSING].unique().tolist():
         here = block_of == number
-        yield block, here, rows[here] - number * slot.block_size()
+        yield blocks[number], here, rows[here] - number * slot.block_size()
 
 
 def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
@@ -47,18 +49,20 @@ class Write(NamedTuple):
     values: torch.Tensor
 
     def do(self) -> None:
-        """Takes no memory, so that all of several writes are done or none."""
+        """Takes no memory on the CPU, so that all of several writes are done or none."""
         self.block.index_copy_(0, self.places, self.values)
 
 
 def writes_of(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> list[Write]:
-    """What ``scatter_`` with the same arguments does, none of it done yet."""
-    # Of a row that is named twice index_copy_ would keep any value.
-    rows, index_of = torch.unique(rows, return_inverse=True)
-    order = torch.arange(index_of.numel(), device=rows.device)
-    last = torch.zeros_like(rows).scatter_reduce_(0, index_of, order, "amax")
+    """What overwrites the named rows, none of it done yet.
+
+    Args:
+        slot: weights, moments, or what counts a row's steps.
+        rows: [N] int64, distinct, in range.
+        values: [N, D], converted to the slot's dtype.
+    """
     return [
-        Write(block, places, values[last[here]].to(slot.dtype))
+        Write(block, places, values[here].to(slot.dtype))
         for block, here, places in by_block(slot, rows)
     ]
 
@@ -66,10 +70,14 @@ def writes_of(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> list[Writ
 def scatter_(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> None:
     """Overwrite the named rows; of a row that is named twice the last value stays.
 
+    One by one, which takes no memory: what failed is undone by this.
+
     Args:
         slot: changed in place.
         rows: [N] int64, in range or ``MISSING``, whose value goes nowhere.
-        values: [N, D], converted to the slot's dtype.
+        values: [N, D] of the slot's dtype.
     """
-    for write in writes_of(slot, rows, values):
-        write.do()
+    blocks = slot.values()
+    for row, value in zip(rows.tolist(), values, strict=True):
+        if row != MISSING:
+            blocks[row // slot.block_size()][row % slot.block_size()] = value
