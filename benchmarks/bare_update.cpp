@@ -5,6 +5,7 @@
 //
 // Rows ascend, each has one gradient, and gradients lie in random order. Weights are apart, both
 // moments of a row side by side, as the CPU engine has them. Before each turn 512 MiB are written.
+// With Zipf ids rows have many gradients, which are summed first, in the order of the batch.
 
 #include <sys/mman.h>
 
@@ -14,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <utility>
@@ -73,6 +75,73 @@ struct Table {
     }
 };
 
+// The same with all gradients of a row, which are neighbours in the batch: its last one is followed
+// by the update.
+template <int D>
+void update_runs(Table<D>& table, const std::vector<std::pair<long, long>>& batch, long begin,
+                 long end, int ahead) {
+    float sum[D] = {};
+    for (long i = begin; i < end; ++i) {
+        const auto [next_row, next_position] = batch[std::min(i + ahead, end - 1)];
+        const bool is_new = ahead && i + ahead < end && batch[i + ahead - 1].first != next_row;
+        const float* grad = table.grads.data + batch[i].second * D;
+        for (int column = 0; column < D; column += 16) {
+            if (ahead) __builtin_prefetch(table.grads.data + next_position * D + column, 0, 2);
+            if (is_new) {
+                float* next_m = table.moments.data + next_row * 2 * D + column;
+                __builtin_prefetch(table.weights.data + next_row * D + column, 0, 2);
+                __builtin_prefetch(next_m, 0, 2);
+                __builtin_prefetch(next_m + D, 0, 2);
+            }
+            for (int k = column; k < column + 16; ++k) sum[k] += grad[k];
+        }
+        if (i + 1 < end && batch[i + 1].first == batch[i].first) continue;
+        float* param = table.weights.data + batch[i].first * D;
+        float *m = table.moments.data + batch[i].first * 2 * D, *v = m + D;
+        for (int k = 0; k < D; ++k) {
+            m[k] += .1f * (sum[k] - m[k]);
+            v[k] += .001f * (sum[k] * sum[k] - v[k]);
+            param[k] -= 1e-3f * (m[k] / (std::sqrt(v[k]) + 1e-8f) + .01f * param[k]);
+            sum[k] = 0;
+        }
+    }
+}
+
+// Milliseconds of a batch of Zipf(1.2) ids, as benchmarks/cases.py draws them. The row in the
+// middle, a hot one perhaps, is left to one thread.
+template <int D>
+double measure_zipf(long rows, long count, int ahead) {
+    Table<D> table(rows, count, true);
+    Memory others(512 << 20, false);
+    std::mt19937_64 random(1);
+    std::vector<double> shares(rows), ms;
+    double total = 0;
+    for (long i = 0; i < rows; ++i) shares[i] = total += std::pow(i + 1., -1.2);
+    std::vector<long> places(rows);
+    std::iota(places.begin(), places.end(), 0);
+    std::shuffle(places.begin(), places.end(), random);
+    std::uniform_real_distribution<> uniform(0, total);
+    for (int turn = 0; turn < TURNS; ++turn) {
+        std::vector<std::pair<long, long>> batch(count);
+        for (long i = 0; i < count; ++i) {
+            const auto rank = std::lower_bound(shares.begin(), shares.end(), uniform(random));
+            batch[i] = {places[std::min(rank - shares.begin(), rows - 1)], i};
+        }
+        std::sort(batch.begin(), batch.end());
+        long middle = count / 2;
+        while (middle < count && batch[middle].first == batch[middle - 1].first) ++middle;
+        for (long i = 0; i < others.bytes / 4 - HUGE_PAGE / 4; i += 16) others.data[i] += 1;
+        const auto begin = std::chrono::steady_clock::now();
+        std::thread helper([&] { update_runs<D>(table, batch, middle, count, ahead); });
+        update_runs<D>(table, batch, 0, middle, ahead);
+        helper.join();
+        const auto taken = std::chrono::steady_clock::now() - begin;
+        if (turn >= WARMUP) ms.push_back(std::chrono::duration<double, std::milli>(taken).count());
+    }
+    std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
+    return ms[ms.size() / 2];
+}
+
 template <int D>
 double measure(long rows, long count, int ahead, bool huge) {
     Table<D> table(rows, count, huge);
@@ -112,6 +181,9 @@ int main() {
     batches<64>(65'536);
     batches<128>(65'536);
     batches<16>(262'144);
+    for (int ahead : {16, 0})
+        std::printf("D  64, 262144 Zipf(1.2) ids of 2^20 rows, %2d gradients ahead: %.1f ms\n",
+                    ahead, measure_zipf<64>(1 << 20, 262'144, ahead));
     for (bool huge : {false, true}) {
         const double small = measure<8>(10'000'000, 65'536, 16, huge);
         const double large = measure<8>(100'000'000, 65'536, 16, huge);
