@@ -43,6 +43,14 @@ struct Memory {
     ~Memory() { munmap(mapped, bytes); }
 };
 
+inline void update_element(float& param, float& m, float& v, float grad) {
+    m += .1f * (grad - m);
+    v += .001f * (grad * grad - v);
+    param -= 1e-3f * (m / (std::sqrt(v) + 1e-8f) + .01f * param);
+}
+
+using Batch = std::vector<std::pair<long, long>>;  // row, position of its gradient; rows ascend
+
 template <int D>
 struct Table {
     Memory weights, moments, grads;
@@ -51,7 +59,7 @@ struct Table {
         : weights(rows * D * 4, huge), moments(rows * D * 8, huge), grads(count * D * 4, false) {}
 
     // Rows begin to end - 1 of the batch; lines of the row that comes `ahead` later are asked for.
-    void update(const std::vector<std::pair<long, long>>& batch, long begin, long end, int ahead) {
+    void update(const Batch& batch, long begin, long end, int ahead) {
         for (long i = begin; i < end; ++i) {
             const auto [row, position] = batch[i];
             const auto [next_row, next_position] = batch[std::min(i + ahead, end - 1)];
@@ -65,11 +73,8 @@ struct Table {
                     if (D >= 16) __builtin_prefetch(next_m + D, 0, 2);
                     __builtin_prefetch(grads.data + next_position * D + column, 0, 2);
                 }
-                for (int k = column; k < std::min(column + 16, D); ++k) {
-                    m[k] += .1f * (grad[k] - m[k]);
-                    v[k] += .001f * (grad[k] * grad[k] - v[k]);
-                    param[k] -= 1e-3f * (m[k] / (std::sqrt(v[k]) + 1e-8f) + .01f * param[k]);
-                }
+                for (int k = column; k < std::min(column + 16, D); ++k)
+                    update_element(param[k], m[k], v[k], grad[k]);
             }
         }
     }
@@ -78,8 +83,7 @@ struct Table {
 // The same with all gradients of a row, which are neighbours in the batch: its last one is followed
 // by the update.
 template <int D>
-void update_runs(Table<D>& table, const std::vector<std::pair<long, long>>& batch, long begin,
-                 long end, int ahead) {
+void update_runs(Table<D>& table, const Batch& batch, long begin, long end, int ahead) {
     float sum[D] = {};
     for (long i = begin; i < end; ++i) {
         const auto [next_row, next_position] = batch[std::min(i + ahead, end - 1)];
@@ -99,66 +103,27 @@ void update_runs(Table<D>& table, const std::vector<std::pair<long, long>>& batc
         float* param = table.weights.data + batch[i].first * D;
         float *m = table.moments.data + batch[i].first * 2 * D, *v = m + D;
         for (int k = 0; k < D; ++k) {
-            m[k] += .1f * (sum[k] - m[k]);
-            v[k] += .001f * (sum[k] * sum[k] - v[k]);
-            param[k] -= 1e-3f * (m[k] / (std::sqrt(v[k]) + 1e-8f) + .01f * param[k]);
+            update_element(param[k], m[k], v[k], sum[k]);
             sum[k] = 0;
         }
     }
 }
 
-// Milliseconds of a batch of Zipf(1.2) ids, as benchmarks/cases.py draws them. The row in the
-// middle, a hot one perhaps, is left to one thread.
-template <int D>
-double measure_zipf(long rows, long count, int ahead) {
-    Table<D> table(rows, count, true);
+// Nanoseconds an entry of the batches that `draw` makes, which `update` takes from begin to end in
+// each of two threads. The row in the middle, a hot one perhaps, is left to one of them.
+template <typename Draw, typename Update>
+double median_ns(Draw draw, Update update) {
     Memory others(512 << 20, false);
-    std::mt19937_64 random(1);
-    std::vector<double> shares(rows), ms;
-    double total = 0;
-    for (long i = 0; i < rows; ++i) shares[i] = total += std::pow(i + 1., -1.2);
-    std::vector<long> places(rows);
-    std::iota(places.begin(), places.end(), 0);
-    std::shuffle(places.begin(), places.end(), random);
-    std::uniform_real_distribution<> uniform(0, total);
-    for (int turn = 0; turn < TURNS; ++turn) {
-        std::vector<std::pair<long, long>> batch(count);
-        for (long i = 0; i < count; ++i) {
-            const auto rank = std::lower_bound(shares.begin(), shares.end(), uniform(random));
-            batch[i] = {places[std::min(rank - shares.begin(), rows - 1)], i};
-        }
-        std::sort(batch.begin(), batch.end());
-        long middle = count / 2;
-        while (middle < count && batch[middle].first == batch[middle - 1].first) ++middle;
-        for (long i = 0; i < others.bytes / 4 - HUGE_PAGE / 4; i += 16) others.data[i] += 1;
-        const auto begin = std::chrono::steady_clock::now();
-        std::thread helper([&] { update_runs<D>(table, batch, middle, count, ahead); });
-        update_runs<D>(table, batch, 0, middle, ahead);
-        helper.join();
-        const auto taken = std::chrono::steady_clock::now() - begin;
-        if (turn >= WARMUP) ms.push_back(std::chrono::duration<double, std::milli>(taken).count());
-    }
-    std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
-    return ms[ms.size() / 2];
-}
-
-template <int D>
-double measure(long rows, long count, int ahead, bool huge) {
-    Table<D> table(rows, count, huge);
-    Memory others(512 << 20, false);
-    std::mt19937_64 random(1);
     std::vector<double> ns;
     for (int turn = 0; turn < TURNS; ++turn) {
-        std::vector<std::pair<long, long>> batch(count);
-        for (long i = 0; i < count; ++i) batch[i] = {static_cast<long>(random() % rows), i};
-        std::sort(batch.begin(), batch.end());
-        const auto is_same = [](const auto& a, const auto& b) { return a.first == b.first; };
-        batch.erase(std::unique(batch.begin(), batch.end(), is_same), batch.end());
+        const Batch batch = draw();
         for (long i = 0; i < others.bytes / 4 - HUGE_PAGE / 4; i += 16) others.data[i] += 1;
         const long size = static_cast<long>(batch.size());
+        long middle = size / 2;
+        while (middle < size && batch[middle].first == batch[middle - 1].first) ++middle;
         const auto begin = std::chrono::steady_clock::now();
-        std::thread helper([&] { table.update(batch, size / 2, size, ahead); });
-        table.update(batch, 0, size / 2, ahead);
+        std::thread helper([&] { update(batch, middle, size); });
+        update(batch, 0, middle);
         helper.join();
         const auto taken = std::chrono::steady_clock::now() - begin;
         if (turn >= WARMUP)
@@ -166,6 +131,50 @@ double measure(long rows, long count, int ahead, bool huge) {
     }
     std::nth_element(ns.begin(), ns.begin() + ns.size() / 2, ns.end());
     return ns[ns.size() / 2];
+}
+
+// Distinct rows.
+template <int D>
+double measure(long rows, long count, int ahead, bool huge) {
+    Table<D> table(rows, count, huge);
+    std::mt19937_64 random(1);
+    const auto draw = [&] {
+        Batch batch(count);
+        for (long i = 0; i < count; ++i) batch[i] = {static_cast<long>(random() % rows), i};
+        std::sort(batch.begin(), batch.end());
+        const auto is_same = [](const auto& a, const auto& b) { return a.first == b.first; };
+        batch.erase(std::unique(batch.begin(), batch.end(), is_same), batch.end());
+        return batch;
+    };
+    return median_ns(draw, [&](const Batch& batch, long begin, long end) {
+        table.update(batch, begin, end, ahead);
+    });
+}
+
+// Zipf(1.2) ids, as benchmarks/cases.py draws them.
+template <int D>
+double measure_zipf(long rows, long count, int ahead) {
+    Table<D> table(rows, count, true);
+    std::mt19937_64 random(1);
+    std::vector<double> shares(rows);
+    double total = 0;
+    for (long i = 0; i < rows; ++i) shares[i] = total += std::pow(i + 1., -1.2);
+    std::vector<long> places(rows);
+    std::iota(places.begin(), places.end(), 0);
+    std::shuffle(places.begin(), places.end(), random);
+    std::uniform_real_distribution<> uniform(0, total);
+    const auto draw = [&] {
+        Batch batch(count);
+        for (long i = 0; i < count; ++i) {
+            const auto rank = std::lower_bound(shares.begin(), shares.end(), uniform(random));
+            batch[i] = {places[std::min(rank - shares.begin(), rows - 1)], i};
+        }
+        std::sort(batch.begin(), batch.end());
+        return batch;
+    };
+    return median_ns(draw, [&](const Batch& batch, long begin, long end) {
+        update_runs(table, batch, begin, end, ahead);
+    });
 }
 
 template <int D>
@@ -183,7 +192,7 @@ int main() {
     batches<16>(262'144);
     for (int ahead : {16, 0})
         std::printf("D  64, 262144 Zipf(1.2) ids of 2^20 rows, %2d gradients ahead: %.1f ms\n",
-                    ahead, measure_zipf<64>(1 << 20, 262'144, ahead));
+                    ahead, measure_zipf<64>(1 << 20, 262'144, ahead) * 262'144 / 1e6);
     for (bool huge : {false, true}) {
         const double small = measure<8>(10'000'000, 65'536, 16, huge);
         const double large = measure<8>(100'000'000, 65'536, 16, huge);

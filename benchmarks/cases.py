@@ -74,6 +74,16 @@ def floor_bytes(touched: float, count: int, dim: int) -> float:
     return 24 * touched * dim + 4 * count * dim + 8 * count
 
 
+def lookup_bytes(count: int, dim: int) -> int:
+    """Bytes that an ideal lookup moves in fp32: each row and id is read once, each row written.
+
+    Args:
+        count: N, the ids.
+        dim: D.
+    """
+    return 8 * count * dim + 8 * count
+
+
 def find(rows: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where ids [N] are among ascending rows [n].
 

@@ -7,7 +7,6 @@ gradient set that ``step`` (timed) applies. ``check`` compares what came out wit
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -335,9 +334,7 @@ def check(contender: Contender) -> None:
     for turn in range(CHECKED):
         contender.load(turn)
         contender.step()
-    for thread in threading.enumerate():  # begun by our first step; done before anybody is timed
-        if thread.name == _memory.MOVER:
-            thread.join()
+    _memory.wait_until_moved()  # begun by our first step; done before anybody is timed
     initial = work.initial()
     for table, weight in enumerate(contender.weights()):
         touched, untouched = work.sample(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timing
 import torch
-from cases import SETS, Case, Workload
+from cases import SETS, Case, Workload, lookup_bytes
 from conftest import free_memory, note
 from rivals import BETA1, BETA2, DECAY, EPS, LR, Contender, enter
 
@@ -126,7 +126,6 @@ def test_lookup(benchmark, request, copy, shrink, rounds):
     race = timing.Race(ours, [copy, theirs], rounds=rounds)
     seconds = race.run(benchmark)
     case = work.case
-    # Each row and each id is read once, each row is written once.
-    figures = timing.summary(race, seconds, case.count * (8 * case.dim + 8))
+    figures = timing.summary(race, seconds, lookup_bytes(case.count, case.dim))
     figures["figures"] = {"of index_select": 1 / figures["rivals"][theirs.name]["ratio"]}
     note(benchmark, request, "hash-lookup", figures)

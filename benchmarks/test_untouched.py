@@ -8,7 +8,7 @@ import time
 import pytest
 import timing
 import torch
-from cases import SETS, Case, Workload
+from cases import SETS, Case, Workload, lookup_bytes
 from conftest import note
 from rivals import BETA1, BETA2, DECAY, EPS, LR
 from test_hash_table import new_hash_table
@@ -108,8 +108,7 @@ def test_modes(benchmark, request, copy, rounds, tables, kind):
     others = [kind(work, of[mode], behind) for mode in ("decay", "dense") for behind in BEHIND]
     race = timing.Race(ours, [copy, *others], rounds=rounds)
     seconds = race.run(benchmark)
-    # A lookup reads and writes a row for each id, and reads the id.
-    lookup = work.case.count * (8 * work.case.dim + 8) if kind is Training else 0
+    lookup = lookup_bytes(work.case.count, work.case.dim) if kind is Training else 0
     figures = timing.summary(race, seconds, work.floor + lookup)
     figures["figures"] = {
         f"{other.name}: of skip": figures["rivals"][other.name]["ratio"] for other in others

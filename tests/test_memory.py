@@ -106,12 +106,6 @@ def test_large_tables_ask_for_huge_pages(allocate: Callable[[], list[torch.Tenso
         assert asks_for_huge_pages(tensor)
 
 
-def wait_for_movers() -> None:
-    for thread in threading.enumerate():
-        if thread.name == _memory.MOVER:
-            thread.join()
-
-
 def huge_kilobytes(tensor: torch.Tensor) -> int:
     """Kilobytes of huge pages in the tensor's mapping."""
     return int(of_its_mapping(tensor, "AnonHugePages:")[0])
@@ -121,7 +115,7 @@ def huge_kilobytes(tensor: torch.Tensor) -> int:
 def test_the_weight_of_an_embedding_moves_to_huge_pages_and_stays_what_it_is():
     probe = torch.ones(ROWS, DIM)
     _memory.move_to_huge_pages(probe)
-    wait_for_movers()
+    _memory.wait_until_moved()
     if not huge_kilobytes(probe):
         pytest.skip("this system moves nothing to huge pages: Linux 6.1 does, if it has some free")
     weight = torch.nn.Parameter(torch.arange(ROWS * DIM, dtype=torch.float32).view(ROWS, DIM))
@@ -131,7 +125,7 @@ def test_the_weight_of_an_embedding_moves_to_huge_pages_and_stays_what_it_is():
         [[1]], torch.ones(1, DIM), (ROWS, DIM), check_invariants=True
     )
     SparseAdamW({"table": weight}).step()
-    wait_for_movers()
+    _memory.wait_until_moved()
     assert huge_kilobytes(weight) - small > 0.8 * weight.nbytes / 1024
     assert weight.data_ptr() == address
     assert torch.equal(weight[2:], before[2:])
@@ -144,7 +138,7 @@ def test_a_weight_is_moved_once(monkeypatch):
     )
     optimizer, weight = embedding_state()
     optimizer.step()
-    wait_for_movers()
+    _memory.wait_until_moved()
     first = weight.data_ptr() + -weight.data_ptr() % mmap.PAGESIZE
     assert asked.count((first, _memory._COLLAPSE)) == 1
     assert (first, _memory._HUGEPAGE) not in asked

@@ -72,7 +72,7 @@ def prepare_sparse_adamw(updates: Sequence[Update], segments: Segments) -> Calla
 
     def apply() -> None:
         for write in writes:
-            write.do()
+            write()
         for update in updates:
             update.step.add_(1)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -41,20 +41,12 @@ def gather(slot: Slot, rows: torch.Tensor) -> torch.Tensor:
     return values
 
 
-class Write(NamedTuple):
-    """Values [n, D] for distinct places [n] of a block [block_size, D]."""
+def writes_of(
+    slot: Slot, rows: torch.Tensor, values: torch.Tensor
+) -> list[Callable[[], torch.Tensor]]:
+    """What overwrites the named rows, all but done.
 
-    block: torch.Tensor
-    places: torch.Tensor
-    values: torch.Tensor
-
-    def do(self) -> None:
-        """Takes no memory on the CPU, so that all of several writes are done or none."""
-        self.block.index_copy_(0, self.places, self.values)
-
-
-def writes_of(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> list[Write]:
-    """What overwrites the named rows, none of it done yet.
+    On the CPU calling a result takes no memory, so that all of several are done or none.
 
     Args:
         slot: weights, moments, or what counts a row's steps.
@@ -62,7 +54,7 @@ def writes_of(slot: Slot, rows: torch.Tensor, values: torch.Tensor) -> list[Writ
         values: [N, D], converted to the slot's dtype.
     """
     return [
-        Write(block, places, values[here].to(slot.dtype))
+        partial(block.index_copy_, 0, places, values[here].to(slot.dtype))
         for block, here, places in by_block(slot, rows)
     ]
 

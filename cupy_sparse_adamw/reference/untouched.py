@@ -144,8 +144,8 @@ def catch_up_(lagging: Lagging, rows: torch.Tensor) -> None:
     if lagging.untouched != "decay":
         current += [(lagging.exp_avg, exp_avg), (lagging.exp_avg_sq, exp_avg_sq)]
     writes = [write for slot, values in current for write in writes_of(slot, rows, values)]
-    for write in writes:  # all of them or none: nothing here can fail
-        write.do()
+    for write in writes:
+        write()
 
 
 def prepare_extend_rules(
